@@ -1,0 +1,279 @@
+/*
+ * The whole boundary between Python and C.
+ *
+ * cffi compiles the declarations of this very file, so it holds plain declarations only: no #if, no
+ * #include, constants as `#define NAME number`. What C files share among themselves is in core.h.
+ *
+ * Rules for everything declared here:
+ *  - cffi releases the GIL around each call. No function calls back into Python.
+ *  - A function marked [touches] reads or writes guest memory: it may block for as long as a missing page
+ *    takes to arrive, so it is never called on the control thread. It survives a page that is lost
+ *    (SIGBUS: the file was truncated) or revoked (SIGSEGV) and then returns VU_E_FAULT.
+ *  - Functions return 0 or a count on success and a negative VU_E_ code on failure; functions that return
+ *    a pointer return NULL and store the code in *error. VU_E_SYS means: see errno.
+ *  - Locks: vu_touch holds the only one. Everything else is immutable, owned by one thread at a time, or atomic.
+ */
+
+/* ---- error codes ------------------------------------------------------------------------------------- */
+
+#define VU_E_SYS -1        /* a system call failed, errno says why */
+#define VU_E_NOMEM -2      /* no memory */
+#define VU_E_FAULT -3      /* guest memory is gone: truncated file, or revoked mapping */
+#define VU_E_RANGE -4      /* an address range is not inside the regions */
+#define VU_E_OVERFLOW -5   /* address + length wraps around */
+#define VU_E_OVERLAP -6    /* two regions share an address */
+#define VU_E_SHORT -7      /* the file is smaller than the region, log or in-flight area that should lie in it */
+#define VU_E_SIZE -8       /* a ring size, table size or count that the specification forbids */
+#define VU_E_ALIGN -9      /* a ring address is not aligned as the specification asks */
+#define VU_E_INDEX -10     /* the available index is more than a ring size ahead */
+#define VU_E_HEAD -11      /* a head, or a `next`, outside of the descriptor table */
+#define VU_E_LOOP -12      /* a chain longer than its table: a loop */
+#define VU_E_INDIRECT -13  /* an indirect descriptor that the specification forbids, or was not negotiated */
+#define VU_E_ORDER -14     /* a readable descriptor after a writable one */
+#define VU_E_INFLIGHT -15  /* the in-flight region contradicts itself or the ring */
+#define VU_E_CLOSED -16    /* the queue was closed while the chain was out */
+
+/* ---- guest memory (memory.c) ------------------------------------------------------------------------- */
+
+typedef struct vu_region vu_region; /* one mapping; reference counted; unmapped with the last reference */
+typedef struct vu_map vu_map;       /* an immutable set of regions; reference counted, shared between threads */
+typedef struct vu_log vu_log;       /* the mapped dirty log; reference counted */
+
+#define VU_REGION_AT_USER 1 /* map at the front-end's own address if that range is free (MAP_FIXED_NOREPLACE) */
+#define VU_REGION_HIDDEN 2  /* PROT_NONE until vu_region_reveal: nothing can touch it by mistake */
+
+struct vu_region_info {
+    uint64_t guest, size, user, offset; /* as the front-end gave them */
+    uint64_t host;                      /* our address of the region's first byte */
+    uint64_t base, length;              /* the whole mapping, page aligned: [base, base + length) */
+    uint64_t page_size;                 /* bytes: the system's, or the huge page size of a hugetlbfs file */
+    uint64_t device, inode;             /* of the file */
+    int hugetlb;                        /* 1 on hugetlbfs */
+    int sealed;                         /* 1 if the file is sealed against shrinking (F_SEAL_SHRINK) */
+};
+
+/* Maps a region; the caller keeps fd. Checks wraps and the size of the file; touches nothing. */
+vu_region *vu_region_map(int fd, uint64_t guest, uint64_t size, uint64_t user, uint64_t offset, int flags, int *error);
+void vu_region_get(vu_region *region);
+void vu_region_put(vu_region *region);
+void vu_region_describe(const vu_region *region, struct vu_region_info *info);
+int vu_region_reveal(vu_region *region);   /* PROT_READ | PROT_WRITE; refused (VU_E_FAULT) once revoked */
+int vu_region_revoke(vu_region *region);   /* PROT_NONE for good: waiters that are woken get VU_E_FAULT */
+int vu_region_no_huge(vu_region *region);  /* MADV_DONTNEED and MADV_NOHUGEPAGE, before userfaultfd registration */
+
+/* Takes a reference of each region. Guest ranges must not overlap, nor user ranges. count may be 0. */
+vu_map *vu_map_new(vu_region *const *regions, uint32_t count, int *error);
+void vu_map_get(vu_map *map);
+void vu_map_put(vu_map *map);
+int vu_map_revoke(vu_map *map); /* all regions; 10 ms per GiB of mapped pages; touches nothing */
+
+/* Translation of one byte address; 0 where nothing is mapped. */
+uint64_t vu_map_guest_to_host(const vu_map *map, uint64_t guest);
+uint64_t vu_map_user_to_host(const vu_map *map, uint64_t user);
+uint64_t vu_map_user_to_guest(const vu_map *map, uint64_t user, int *error); /* guest 0 is a real address */
+
+int64_t vu_map_read(const vu_map *map, uint64_t guest, void *to, uint64_t length);          /* [touches] all or error */
+int64_t vu_map_write(const vu_map *map, uint64_t guest, const void *from, uint64_t length); /* [touches] all or error */
+
+/* The dirty log: bit n is guest page n of 4096 bytes, from `offset` in the file. The caller keeps fd. */
+vu_log *vu_log_map(int fd, uint64_t size, uint64_t offset, int *error);
+void vu_log_get(vu_log *log);
+void vu_log_put(vu_log *log);
+int vu_log_mark(vu_log *log, uint64_t guest, uint64_t length); /* atomic; pages outside of the log: VU_E_RANGE */
+
+/* ---- device side of a ring (split.c; packed.c joins behind the same names) --------------------------- */
+
+typedef struct vu_queue vu_queue;
+typedef struct vu_inflight vu_inflight; /* the mapped in-flight region; reference counted */
+typedef struct vu_touch vu_touch;       /* the pool of touch threads, see below */
+
+#define VU_RING_EVENT_IDX 1
+#define VU_RING_INDIRECT 2
+#define VU_RING_PACKED 4      /* refused with VU_E_SIZE until packed.c exists */
+#define VU_RING_LOG_USED 8    /* VHOST_VRING_F_LOG: mark used ring writes at log_addr */
+#define VU_RING_GUEST_ADDR 16 /* desc, avail, used are guest addresses, not user addresses */
+
+struct vu_ring {
+    uint32_t size;  /* split: a power of two, 1 to 32768 */
+    uint32_t flags; /* VU_RING_ */
+    uint64_t desc, avail, used;
+    uint64_t log_addr; /* guest address at which writes to the used ring are logged */
+    uint32_t base;     /* as in SET_VRING_BASE */
+    uint32_t index;    /* of the ring on its connection: selects its part of the in-flight region */
+};
+
+typedef struct {
+    uint8_t *host;
+    uint64_t length; /* bytes, never 0 */
+    uint64_t guest;
+} vu_segment;
+
+/* One popped chain: validated, translated, copied out of guest memory. Owned by its queue's pool from pop to push. */
+typedef struct vu_chain {
+    uint16_t head;           /* split: first descriptor; packed: buffer id */
+    uint16_t descriptors;    /* ring slots that it used */
+    uint32_t readable_count; /* segments[0 .. readable_count) are readable by the device */
+    uint32_t writable_count; /* segments[readable_count .. readable_count + writable_count) are writable */
+    uint64_t readable;       /* bytes */
+    uint64_t writable;       /* bytes */
+    uint64_t written;        /* high-water mark of bytes written: push logs at least so much as dirty */
+    vu_segment *segments;
+    int fault;               /* 0, or VU_E_FAULT: a page of it could not be had */
+    uint64_t cookie;         /* free for the device */
+} vu_chain;
+
+/* Validates size, alignment and containment; keeps references of map, log, inflight (both may be NULL).
+ * Touches nothing: the ring's own indexes are read by the first pop. */
+vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_inflight *inflight, int *error);
+/* Frees; chains still out become invalid. */
+void vu_queue_free(vu_queue *queue);
+/* For GET_VRING_BASE: the next available index. Only when no chain is out, else chains in flight are lost. */
+uint32_t vu_queue_base(const vu_queue *queue);
+uint32_t vu_queue_out(const vu_queue *queue); /* chains popped and not yet pushed */
+int vu_queue_broken(const vu_queue *queue);   /* 0 or the sticky VU_E_ code */
+uint16_t vu_queue_broken_head(const vu_queue *queue);
+
+/* Pops up to `max` chains: the count, 0 if the ring is empty, or the sticky code. After a restart the chains that
+ * the in-flight region names come first, in their order. [touches] */
+int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max);
+/* Returns chains with the number of bytes written into each; one update of the used index for all. [touches] */
+int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count);
+/* Writes the call eventfd once if the driver wants to hear of what was pushed since the last signal. [touches] */
+int vu_queue_signal(vu_queue *queue);
+/* Asks the driver for kicks; 1 if something became available meanwhile (pop again), else 0. [touches] */
+int vu_queue_arm(vu_queue *queue);
+/* Tells the driver that kicks are not needed while we poll. [touches] */
+int vu_queue_disarm(vu_queue *queue);
+/* The descriptor that signal writes to, or -1. Atomic, from any thread. The caller owns fd and keeps it open; to change
+ * it while a thread may be signalling, dup3 the new one over the old number. */
+void vu_queue_set_call(vu_queue *queue, int fd);
+/* The next signal is sent whatever the driver asked for: once after (re)start. */
+void vu_queue_force_signal(vu_queue *queue);
+
+/* Copies, bounded by the chain: the number of bytes copied, or VU_E_FAULT. [touches] */
+int64_t vu_chain_read(vu_queue *queue, vu_chain *chain, uint64_t offset, void *to, uint64_t length);
+int64_t vu_chain_write(vu_queue *queue, vu_chain *chain, uint64_t offset, const void *from, uint64_t length);
+
+/* In-flight region (split): bytes for that many queues; all zero is a fresh one. The caller keeps fd. */
+uint64_t vu_inflight_size(uint32_t queues, uint32_t queue_size);
+vu_inflight *vu_inflight_map(int fd, uint64_t size, uint64_t offset, uint32_t queues, uint32_t queue_size, int *error);
+void vu_inflight_get(vu_inflight *inflight);
+void vu_inflight_put(vu_inflight *inflight);
+
+/* ---- driver side of a ring, for front-ends, tests and measurements (driver.c) ------------------------- */
+
+typedef struct vu_driver vu_driver;
+
+typedef struct {
+    uint64_t guest; /* where the device finds the bytes */
+    uint32_t length;
+    uint32_t writable; /* 1: by the device */
+} vu_buffer;
+
+#define VU_DRIVER_EVENT_IDX 1
+#define VU_DRIVER_INDIRECT 2 /* put each chain into an indirect table of its own */
+
+/* A split ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches] */
+vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags, int *error);
+void vu_driver_free(vu_driver *driver);
+uint64_t vu_driver_bytes(uint32_t size, uint32_t flags); /* of guest memory that such a ring takes */
+uint64_t vu_driver_desc(const vu_driver *driver);        /* guest addresses of its parts */
+uint64_t vu_driver_avail(const vu_driver *driver);
+uint64_t vu_driver_used(const vu_driver *driver);
+/* Offers one chain; its head, or VU_E_SIZE when the ring is full. Not visible before vu_driver_publish. [touches] */
+int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count);
+/* Publishes what was added; 1 if the device wants a kick, else 0. [touches] */
+int vu_driver_publish(vu_driver *driver);
+/* Takes one used chain: 1 and its head and length, 0 if there is none, negative if the device broke the ring. [touches] */
+int vu_driver_take(vu_driver *driver, uint16_t *head, uint32_t *length);
+/* Asks for calls; 1 if something was used meanwhile. [touches] */
+int vu_driver_arm(vu_driver *driver);
+int vu_driver_disarm(vu_driver *driver);
+
+/* ---- userfaultfd (uffd.c) ------------------------------------------------------------------------------ */
+
+#define VU_UFFD_MISSING 1
+#define VU_UFFD_MINOR 2
+
+/* A userfaultfd, CLOEXEC and NONBLOCK, handshake done with `features` (0: none asked). device_fd: a descriptor of
+ * /dev/userfaultfd, or -1 for the system call. Returns the descriptor or VU_E_SYS. */
+int vu_uffd_open(int device_fd, uint64_t features);
+/* Features that the kernel knows, by a throw-away descriptor. */
+int vu_uffd_features(int device_fd, uint64_t *features);
+int vu_uffd_register(int uffd, uint64_t host, uint64_t length, int mode, uint64_t *ioctls);
+int vu_uffd_unregister(int uffd, uint64_t host, uint64_t length); /* wakes those who wait in the range */
+int vu_uffd_wake(int uffd, uint64_t host, uint64_t length);
+/* Bytes placed, or VU_E_SYS (EEXIST: the page is there; EAGAIN: try again). */
+int64_t vu_uffd_copy(int uffd, uint64_t host, const void *from, uint64_t length, int wake);
+int64_t vu_uffd_zeropage(int uffd, uint64_t host, uint64_t length, int wake);
+int64_t vu_uffd_continue(int uffd, uint64_t host, uint64_t length, int wake);
+int64_t vu_uffd_poison(int uffd, uint64_t host, uint64_t length);
+int64_t vu_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t length, int wake);
+/* Reads up to `max` fault addresses: the count, 0 if none is waiting. */
+int vu_uffd_read(int uffd, uint64_t *addresses, uint64_t *flags, uint32_t max);
+
+/* ---- fault-ahead: touch threads (touch.c) ----------------------------------------------------------------- */
+
+struct vu_fault_stats {
+    uint64_t waited;        /* touches of a page that was missing */
+    uint64_t ahead;         /* pages of those that were asked for in parallel, before their request ran */
+    uint64_t lost;          /* touches that ended in VU_E_FAULT */
+    uint64_t blocked_ns;    /* sum of the time of all waits */
+    uint64_t histogram[32]; /* waits by duration: bucket n counts [2^n, 2^(n+1)) microseconds, bucket 0 from 0 */
+};
+
+/* One pool for the process. Python starts its threads (daemon threads, signals blocked), each calls vu_touch_run. */
+vu_touch *vu_touch_new(uint32_t capacity);
+void vu_touch_run(vu_touch *touch);  /* [touches] returns after vu_touch_stop */
+void vu_touch_stop(vu_touch *touch);
+void vu_touch_free(vu_touch *touch); /* when all threads have returned */
+void vu_touch_stats(const vu_touch *touch, struct vu_fault_stats *stats);
+
+/* Between LISTEN and END a queue has a pool, else NULL. Only while no thread uses the queue. */
+int vu_queue_set_touch(vu_queue *queue, vu_touch *touch);
+/* Touches the ring's own pages, several at once. [touches] */
+int vu_queue_touch_ring(vu_queue *queue);
+/* 0: every page of the chain is resident, go on. 1: missing pages were asked for, the chain comes back through
+ * vu_ahead_collect. A chain with one missing page in a queue with nothing else to do is touched at once ([touches], 0). */
+int vu_ahead_submit(vu_queue *queue, vu_chain *chain, int alone);
+/* Chains whose pages have all been touched; chain->fault tells of those that could not. Never blocks. */
+int vu_ahead_collect(vu_queue *queue, vu_chain **chains, uint32_t max);
+uint32_t vu_ahead_waiting(const vu_queue *queue); /* chains submitted and not yet collected */
+int vu_ahead_fd(const vu_queue *queue);           /* an eventfd, readable when collect has something; -1 without a pool */
+
+/* ---- virtio-blk engine (blk.c) ------------------------------------------------------------------------------ */
+
+typedef struct vu_blk vu_blk;
+
+#define VU_BLK_READ_ONLY 1
+#define VU_BLK_WRITEBACK 2 /* write cache on: a write is acknowledged before it is on the medium */
+#define VU_BLK_DISCARD 4
+#define VU_BLK_WRITE_ZEROES 8
+
+struct vu_blk_config {
+    int fd;                /* the image; the caller keeps it open while the engine exists */
+    uint32_t flags;        /* VU_BLK_ */
+    uint64_t sectors;      /* of 512 bytes: the capacity that the guest sees */
+    uint32_t block_size;   /* bytes: requests must be aligned to it */
+    uint32_t max_discard_sectors, max_write_zeroes_sectors, max_segments; /* limits that config space announces */
+    uint32_t poll_us;      /* how long an idle ring is polled before its thread sleeps */
+    char serial[20];       /* padded with zero bytes, as GET_ID returns it */
+};
+
+struct vu_blk_stats {
+    uint64_t reads, writes, flushes, discards, write_zeroes, others;
+    uint64_t bytes_read, bytes_written;
+    uint64_t errors;      /* requests that ended in IOERR */
+    uint64_t unsupported; /* requests that ended in UNSUPP */
+    uint64_t completed;   /* requests, whatever their status */
+    uint64_t kicks, calls, batches;
+};
+
+vu_blk *vu_blk_new(const struct vu_blk_config *config, int *error);
+void vu_blk_free(vu_blk *blk);
+void vu_blk_set_writeback(vu_blk *blk, int on);             /* atomic */
+void vu_blk_set_sectors(vu_blk *blk, uint64_t sectors);     /* atomic: the image was resized */
+void vu_blk_get_stats(const vu_blk *blk, struct vu_blk_stats *stats);
+/* Serves the queue until `stop` (an eventfd, left unread) is readable and no chain is out: 0; or a negative code when the
+ * ring broke. kick: eventfd, or -1 for a ring that is polled. One thread per queue; several queues may share `blk`. [touches] */
+int vu_blk_run(vu_blk *blk, vu_queue *queue, int kick, int stop);

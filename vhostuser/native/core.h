@@ -1,0 +1,76 @@
+/*
+ * What the C files share among themselves and Python never sees: the guard against lost memory, the
+ * inside of maps and queues, single loads and stores of guest memory.
+ */
+#ifndef VHOSTUSER_CORE_H
+#define VHOSTUSER_CORE_H
+
+#include <setjmp.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "api.h"
+
+/* ---- the guard ------------------------------------------------------------------------------------------
+ * A peer may truncate a file under our mapping (SIGBUS), and we revoke mappings under our own threads (SIGSEGV).
+ * Code that touches guest memory runs between vu_guard_enter and vu_guard_leave:
+ *
+ *     struct vu_guard guard;
+ *     if (VU_GUARD(&guard, map)) { ... the memory is gone: VU_E_FAULT; the guard is already left ... }
+ *     ... touch ...
+ *     vu_guard_leave(&guard);
+ *
+ * Only faults at addresses inside the map's regions (or the log and in-flight mappings that were added to the guard)
+ * are caught; any other goes to the handler that was installed before ours. Guards nest. Local variables that
+ * change between enter and the fault and are read after it must be volatile.
+ */
+struct vu_span {
+    uintptr_t base;
+    size_t length;
+};
+
+struct vu_guard {
+    sigjmp_buf env;
+    struct vu_guard *outer;
+    const vu_map *map;          /* may be NULL */
+    struct vu_span extra[2];    /* log and in-flight; length 0 when unused */
+};
+
+void vu_guard_enter(struct vu_guard *guard, const vu_map *map);
+void vu_guard_leave(struct vu_guard *guard);
+#define VU_GUARD(guard, map) (vu_guard_enter((guard), (map)), sigsetjmp((guard)->env, 0))
+
+/* Installs the handlers, or puts them back on top of one that was installed after ours. Cheap when nothing changed. */
+int vu_guard_install(void);
+
+/* ---- translation ------------------------------------------------------------------------------------------- */
+
+/* The host address of [guest, guest + length) if one region holds all of it, else NULL. */
+uint8_t *vu_map_guest(const vu_map *map, uint64_t guest, uint64_t length);
+uint8_t *vu_map_user(const vu_map *map, uint64_t user, uint64_t length);
+/* The host address of `guest` and in *run how many of `length` bytes follow it in the same region; NULL if unmapped. */
+uint8_t *vu_map_run(const vu_map *map, uint64_t guest, uint64_t length, uint64_t *run);
+/* The page size in bytes of the region that holds this host address, or 0. */
+uint64_t vu_map_page_size(const vu_map *map, const void *host);
+
+/* ---- queues -------------------------------------------------------------------------------------------------- */
+
+const vu_map *vu_queue_map(const vu_queue *queue);
+vu_touch *vu_queue_touch(const vu_queue *queue);
+/* What touch.c keeps per queue, made by vu_queue_set_touch and freed with the queue. */
+struct vu_ahead;
+struct vu_ahead **vu_queue_ahead(vu_queue *queue);
+void vu_ahead_free(struct vu_ahead *ahead);
+/* Free for touch.c while a chain is submitted. */
+struct vu_ahead_link { struct vu_chain *next; _Atomic uint32_t missing; };
+struct vu_ahead_link *vu_chain_link(struct vu_chain *chain);
+
+/* ---- fault-ahead ------------------------------------------------------------------------------------------------ */
+
+/* Touches the missing ones among these spans, several at once, and returns when all are there: 0 or VU_E_FAULT.
+ * For indirect tables and rings, from inside pop. [touches] */
+int vu_touch_spans(vu_touch *touch, const vu_map *map, const struct vu_span *spans, uint32_t count);
+
+#endif
