@@ -1,0 +1,154 @@
+"""One connected Unix socket on an event loop: exact reads with their descriptors, whole writes, loss.
+
+What belongs here: bytes and descriptors, and who closes which. What does not: what the bytes mean (``protocol``),
+and what is done about it (``connection``).
+
+asyncio's streams and transports drop descriptors without a word, and uvloop has no ``sock_recvmsg``; so the socket
+is non-blocking and is watched with ``add_reader``.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Iterable, Iterator
+
+from vhostuser.protocol import RemoteProtocolError
+
+# The kernel passes 253 descriptors in one message at most (SCM_MAX_FD). With room for all of them a peer that sends
+# too many is refused by the message's own rule; MSG_CTRUNC is then left to mean that our descriptor table is full.
+_MOST_FDS = 253
+_INT = array.array("i").itemsize
+_ANCILLARY = socket.CMSG_SPACE(_MOST_FDS * _INT)
+
+
+class Fds:
+    """The descriptors that came with one message; owns those that nobody has taken.
+
+    Close it when the message has been dealt with: what was not taken is closed then.
+    """
+
+    __slots__ = ("_fds",)
+
+    def __init__(self, fds: Iterable[int] = ()) -> None:
+        self._fds = list(fds)
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._fds)
+
+    def __contains__(self, fd: object) -> bool:
+        return fd in self._fds
+
+    def __getitem__(self, index: int) -> int:
+        """Look at a descriptor without taking it."""
+        return self._fds[index]
+
+    def take(self) -> int:
+        """The first descriptor; from now on the caller closes it."""
+        return self._fds.pop(0)
+
+    def extend(self, other: Fds) -> None:
+        """Takes over everything that ``other`` still owns."""
+        self._fds += other._fds
+        other._fds = []
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+class Channel:
+    """A connected ``AF_UNIX`` stream socket; owns it. All methods belong to the loop's thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._lost = asyncio.Event()
+        # While a request waits for a ring nobody reads the socket, and add_reader cannot ask for EPOLLRDHUP; an
+        # epoll descriptor is itself readable when it has events, on asyncio and on uvloop.
+        self._hangup = select.epoll()
+        self._hangup.register(sock, select.EPOLLRDHUP)
+        self._loop.add_reader(self._hangup.fileno(), self._on_hangup)
+
+    def _on_hangup(self) -> None:
+        self._loop.remove_reader(self._hangup.fileno())
+        self._lost.set()
+
+    @property
+    def lost(self) -> asyncio.Event:
+        """Set when the peer has gone; bytes that it sent before may still be unread."""
+        return self._lost
+
+    async def receive(self, wanted: int) -> tuple[bytes, Fds]:
+        """The next 1 to ``wanted`` bytes and the descriptors that came with them; no bytes at the end of the stream.
+
+        Never more than ``wanted``: the kernel glues bytes without descriptors to later ones that have some, and then
+        nobody could tell whose they are.
+
+        Raises RemoteProtocolError if descriptors were lost because our table of them is full.
+        """
+        while True:
+            try:
+                data, ancillary, flags, _ = self._sock.recvmsg(wanted, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                await self._ready(self._loop.add_reader, self._loop.remove_reader)
+            except ConnectionError:
+                return b"", Fds()
+            else:
+                return data, _owned(ancillary, flags)
+
+    async def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Sends all of ``data``, the descriptors with its first byte; the caller keeps and closes them.
+
+        Raises ConnectionError when the peer has gone.
+        """
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds).tobytes())] if fds else []
+        rest = memoryview(data)
+        while rest:
+            try:
+                sent = self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                await self._ready(self._loop.add_writer, self._loop.remove_writer)
+            else:
+                rest, ancillary = rest[sent:], []
+
+    async def _ready(self, watch, unwatch) -> None:  # type: ignore[no-untyped-def]
+        ready = self._loop.create_future()
+        watch(self._sock, lambda: ready.done() or ready.set_result(None))
+        try:
+            await ready
+        finally:
+            unwatch(self._sock)
+
+    def close(self) -> None:
+        """Closes the socket; the watching stops first, or the loop would spin on a number that is used again."""
+        if self._sock.fileno() < 0:
+            return
+        self._loop.remove_reader(self._hangup.fileno())
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._hangup.close()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+def _owned(ancillary: list[tuple[int, int, bytes]], flags: int) -> Fds:
+    fds = Fds()
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers = array.array("i")
+            numbers.frombytes(payload[: len(payload) - len(payload) % _INT])
+            fds.extend(Fds(numbers))
+    if flags & socket.MSG_CTRUNC:
+        fds.close()
+        raise RemoteProtocolError(None, "descriptors were lost on the way: raise the limit on open files (ulimit -n)")
+    return fds

@@ -1,0 +1,325 @@
+"""Data threads: where queues are served, away from the control thread.
+
+What belongs here: the threads that may touch guest memory, the loop on which Python devices run, batching, and the stop
+of both kinds of ring. What does not: when a ring starts or stops (``connection``).
+
+Threads are daemon threads and never executors: one that waits for a missing page would hold up the exit of the process.
+All signals but SIGBUS and SIGSEGV are blocked in them: a thread that is hit by a handled signal inside a kernel-mode fault
+returns to the fault at once and spins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
+from vhostuser.device import Device, Engine
+from vhostuser.protocol import QueueBroken
+from vhostuser.virtqueue import DeviceQueue, Request
+
+log = logging.getLogger("vhostuser")
+
+T = TypeVar("T")
+
+_FATAL = {signal.SIGBUS, signal.SIGSEGV}
+# How often a ring without kicks (VHOST_USER_VRING_NOFD_MASK) is looked at, in seconds.
+_POLL = 0.0005
+
+
+def spawn(body: Callable[[], None], name: str) -> threading.Thread:
+    """Starts ``body`` on a daemon thread that takes no signals."""
+
+    def deaf() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - _FATAL)
+        body()
+
+    thread = threading.Thread(target=deaf, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop where it is installed, else asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class DataThread:
+    """One thread with an event loop of its own, for the coroutines of one device."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = new_event_loop()
+        self._thread = spawn(self._run, name)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+        self.loop.close()
+
+    async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs ``coroutine`` on the data thread and waits for it on the caller's loop.
+
+        Cancelling the wait does not cancel the coroutine: half of a stop would be worse than none.
+        """
+        return await asyncio.shield(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop)))
+
+    def close(self) -> None:
+        """Ends the thread when it comes back to its loop; does not wait."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+class Runner(Protocol):
+    """A ring that is being served. Made and used on the control thread."""
+
+    finished: asyncio.Future[None]
+    """Done when nobody serves the ring any more; its exception is QueueBroken if the ring broke."""
+
+    def stop(self) -> None:
+        """Asks for the end: what was popped is completed, then ``finished`` is done. Returns at once."""
+
+
+class EngineRunner:
+    """One native engine on one ring, on a thread of the ring's own."""
+
+    def __init__(self, engine: Engine, queue: DeviceQueue, kick: int, name: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.finished = self._loop.create_future()
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        spawn(lambda: self._run(engine, queue, kick), name)
+
+    def _run(self, engine: Engine, queue: DeviceQueue, kick: int) -> None:
+        error: Exception | None = None
+        try:
+            engine.run(queue, kick, self._stop)
+            queue.check()
+        except Exception as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the control loop is gone, and with it the process
+            self._loop.call_soon_threadsafe(self._end, error)
+
+    def _end(self, error: Exception | None) -> None:
+        os.close(self._stop)
+        self._stop = -1
+        _resolve(self.finished, error)
+
+    def stop(self) -> None:
+        if self._stop >= 0:
+            os.eventfd_write(self._stop, 1)
+
+
+class LoopRunner:
+    """One Python device on one ring, on the connection's data thread."""
+
+    def __init__(self, thread: DataThread, device: Device, queue: DeviceQueue, kick: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._data_loop = thread.loop
+        self.finished = self._loop.create_future()
+        self._served: ServedQueue | None = None
+        asyncio.run_coroutine_threadsafe(self._run(device, queue, kick), thread.loop)
+
+    async def _run(self, device: Device, queue: DeviceQueue, kick: int) -> None:
+        error: Exception | None = None
+        self._served = served = ServedQueue(queue, kick, device.requests_at_once)
+        task = asyncio.ensure_future(device.serve(served))
+        try:
+            await served.run(task)
+        except Exception as caught:
+            error = caught
+        finally:
+            served.close()
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(_resolve, self.finished, error)
+
+    def stop(self) -> None:
+        self._data_loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        if self._served is not None:
+            self._served.stop()
+
+
+def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+class ServedQueue:
+    """What ``Device.serve`` works on: a queue with its kicks, in batches. Lives on the data thread.
+
+    One used-index update and at most one call eventfd write are made for everything that was completed in one turn of
+    the loop.
+    """
+
+    def __init__(self, queue: DeviceQueue, kick: int, limit: int) -> None:
+        self._queue = queue
+        self._kick = kick
+        self._limit = limit
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._stopped = asyncio.Event()
+        self._flushing = False
+        queue.on_finished = self._flush_soon
+        if kick >= 0:
+            self._loop.add_reader(kick, self._kicked)
+        if queue.ahead_fd >= 0:
+            self._loop.add_reader(queue.ahead_fd, self._wake.set)
+
+    @property
+    def index(self) -> int:
+        """The ring's index."""
+        return self._queue.index
+
+    async def requests(self, most: int = 64) -> list[Request]:
+        """The next 1 to ``most`` requests; waits until there is one. May touch guest memory.
+
+        Complete each with ``Request.complete``, in any order. Raises QueueBroken when the driver broke the ring.
+        """
+        # Without this a busy ring would never let the loop see anything else, the stop among it.
+        await asyncio.sleep(0)
+        while True:
+            if batch := self._take(most):
+                return batch
+            await self._idle()
+
+    def _take(self, most: int) -> list[Request]:
+        """What can be had at once; requests whose pages are here go before those that wait for some."""
+        self._wake.clear()
+        if self._stopping:
+            return []
+        queue = self._queue
+        ready = queue.collect() if queue.ahead_fd >= 0 else []
+        room = min(most, self._limit - queue.out)
+        if room > 0:
+            popped = queue.pop(room)
+            ready += popped if queue.ahead_fd < 0 else queue.resident(popped)
+        return ready
+
+    async def _idle(self) -> None:
+        """Sleeps until a kick, a page, a completion or the stop."""
+        if not self._stopping and self._queue.out < self._limit and self._queue.arm():
+            return
+        if self._kick < 0:
+            self._loop.call_later(_POLL, self._wake.set)
+        await self._wake.wait()
+
+    def _kicked(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._kick, 8)
+        self._wake.set()
+
+    def _flush_soon(self) -> None:
+        """The queue's first completion since the last flush."""
+        self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        try:
+            self._queue.flush()
+        except QueueBroken:
+            pass  # sticky: the next pop raises it where it is expected
+        self._wake.set()
+        if self._stopping and not self._queue.out:
+            self._stopped.set()
+
+    def stop(self) -> None:
+        """No new request is handed out; ``run`` ends when those under way have been completed."""
+        self._stopping = True
+        self._wake.set()
+        if not self._queue.out:
+            self._stopped.set()
+
+    async def run(self, serving: asyncio.Future[None]) -> None:
+        """Waits for the end of ``serving``, or for the stop, and then cancels it."""
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        await asyncio.wait((serving, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not serving.done():
+            serving.cancel()
+        try:
+            await serving
+        except asyncio.CancelledError:
+            pass
+        except BaseExceptionGroup as group:
+            broken, other = group.split(QueueBroken)
+            if broken is None:
+                raise
+            raise _first(broken) from other
+        self._queue.flush()
+
+    def close(self) -> None:
+        """Stops watching; the descriptors belong to others."""
+        if self._kick >= 0:
+            self._loop.remove_reader(self._kick)
+        if self._queue.ahead_fd >= 0:
+            self._loop.remove_reader(self._queue.ahead_fd)
+
+    async def dispatch(
+        self,
+        handle: Callable[[Request], Awaitable[None]],
+        failed: Callable[[Request, Exception], None],
+        group: asyncio.TaskGroup,
+    ) -> None:
+        """Calls ``handle`` for every request, up to the limit at once, on worker tasks of ``group``.
+
+        A handler that never suspends costs no task: one worker goes through the whole batch. Only when it is suspended
+        does the next worker go on.
+        """
+        ready: deque[Request] = deque()
+        idle: list[asyncio.Future[None]] = []
+
+        def rouse() -> None:
+            if not ready:
+                return
+            if idle:
+                idle.pop().set_result(None)
+            else:
+                group.create_task(worker())
+
+        async def worker() -> None:
+            while True:
+                self._loop.call_soon(rouse)
+                while ready:
+                    request = ready.popleft()
+                    try:
+                        await handle(request)
+                    except Exception as error:
+                        _fail(request, failed, error)
+                    if not request.completed:
+                        request.complete()
+                future: asyncio.Future[None] = self._loop.create_future()
+                idle.append(future)
+                await future
+
+        while True:
+            ready.extend(await self.requests())
+            rouse()
+
+
+def _fail(request: Request, failed: Callable[[Request, Exception], None], error: Exception) -> None:
+    log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
+    try:
+        if not request.completed:
+            failed(request, error)
+    except Exception as again:
+        log.error("the device could not report that: %s: %s", type(again).__name__, again)
+
+
+def _first(group: BaseExceptionGroup[QueueBroken]) -> BaseException:
+    leaf: BaseException = group
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]
+    return leaf

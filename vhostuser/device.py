@@ -1,0 +1,115 @@
+"""What an author of a device subclasses.
+
+What belongs here: the contract between a device and the runtime. What does not: sockets, messages, the life of rings
+(``connection``), threads (``dataplane``).
+
+A device is written in one of three tiers, the first that is fast enough:
+
+1. ``async def handle(self, request)``: one request at a time, any number of them under way at once;
+2. ``async def serve(self, queue)``: batches, the device decides what is taken and when;
+3. ``def engine(self)``: a native engine, one thread per ring in C.
+
+Everything that the runtime calls runs on the connection's *data thread*, except what says otherwise. The data thread may
+wait for guest memory, so nothing there may hold a lock that the control thread takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from vhostuser.protocol import RequestRefused
+
+if TYPE_CHECKING:
+    from vhostuser.dataplane import ServedQueue
+    from vhostuser.virtqueue import DeviceQueue, Request
+
+
+class Engine(Protocol):
+    """A native data path. One engine serves all rings of its device."""
+
+    def run(self, queue: DeviceQueue, kick: int, stop: int) -> int:
+        """Serves ``queue`` until the eventfd ``stop`` is readable and no request is under way.
+
+        Runs on a thread of the ring's own and stays in C, the GIL released; may touch guest memory and block. ``kick`` is
+        an eventfd or -1 for a ring without kicks, which is polled. Returns 0, or a negative ``VU_E_`` code if the ring broke.
+        """
+
+
+class DeviceFailed(Exception):
+    """Raised by ``Device.start``: the device cannot work now. One line that says why and what helps.
+
+    The runtime logs it and closes the connection; the front-end may come back.
+    """
+
+
+class Device:
+    """A virtio device without its transport."""
+
+    virtio_id: ClassVar[int] = 0
+    """The device's number in the virtio specification, section "Device Types"."""
+
+    queues: int = 1
+    """How many rings the device has (GET_QUEUE_NUM)."""
+
+    queue_size: int = 1024
+    """The largest ring that the device accepts, in entries; at most 32768."""
+
+    requests_at_once: int = 128
+    """How many requests of one ring may be in ``handle`` at the same time."""
+
+    features: int = 0
+    """Feature bits of the device type (0 to 23, 50 and up). The transport adds its own."""
+
+    announce: tuple[Callable[[], None], ...] = ()
+    """The runtime's: what ``config_changed`` calls, one for each connection."""
+
+    def config(self) -> bytes:
+        """The whole configuration space as it is now. Called on the control thread; must not block."""
+        return b""
+
+    def set_config(self, offset: int, data: bytes, *, migration: bool) -> None:
+        """The driver (or, with ``migration``, the front-end after a migration) writes configuration space.
+
+        Called on the control thread; must not block. Raises RequestRefused for bytes that are not writable (unless
+        ``migration``); by default nothing is.
+        """
+        raise RequestRefused(f"configuration space is read-only (write of {len(data)} bytes at offset {offset})")
+
+    def config_changed(self) -> None:
+        """Tells every front-end that configuration space has changed (CONFIG_CHANGE). Control thread only."""
+        for announce in self.announce:
+            announce()
+
+    async def start(self, features: int) -> None:
+        """The first ring is about to start; ``features`` are the negotiated virtio bits. May block.
+
+        Raises DeviceFailed when the device cannot serve.
+        """
+
+    async def stop(self) -> None:
+        """The last ring has stopped and no request is under way; also after the front-end was lost. May block."""
+
+    def engine(self) -> Engine | None:
+        """The native engine, asked for after ``start``; None for a device in Python."""
+        return None
+
+    async def serve(self, queue: ServedQueue) -> None:
+        """Serves one ring until it is stopped (this coroutine is then cancelled while it waits for requests)."""
+        async with asyncio.TaskGroup() as group:
+            await queue.dispatch(self.handle, self.failed, group)
+
+    async def handle(self, request: Request) -> None:
+        """Serves one request: ``request.read``, ``request.write``.
+
+        On return the request is completed with what was written into it, unless ``request.complete`` was called.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither handle() nor serve() nor engine()")
+
+    def failed(self, request: Request, error: Exception) -> None:
+        """``handle`` raised: write the device's own error status. By default the request is completed empty."""
+
+    def state(self) -> dict[str, object]:
+        """What SIGUSR1 shows of the device: JSON-able values. Control thread."""
+        return {}
