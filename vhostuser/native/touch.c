@@ -449,7 +449,18 @@ int vu_queue_set_touch(vu_queue *queue, vu_touch *touch)
         return VU_E_SYS;
     vu_ahead_free(*slot);
     *slot = ahead;
+    vu_queue_keep_touch(queue, touch);
     return 0;
+}
+
+int vu_queue_touch_ring(vu_queue *queue)
+{
+    struct vu_span spans[3];
+    vu_touch *touch = vu_queue_touch(queue);
+    if (!touch)
+        return 0;
+    vu_queue_spans(queue, spans);
+    return vu_touch_spans(touch, vu_queue_map(queue), spans, 3);
 }
 
 /* The submitter counts as one missing page until its search is over, or a chain could come back while it is searched. */
