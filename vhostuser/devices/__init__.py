@@ -1,0 +1,1 @@
+"""Devices that come with the library. They know ``vhostuser.device`` and nothing of sessions and sockets."""

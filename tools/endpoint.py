@@ -1,0 +1,194 @@
+"""Where a program's front-ends come from: a socket file, an inherited descriptor, or a path to connect to.
+
+What belongs here: making, claiming and removing socket files, telling inherited sockets apart. What does not: options
+and signals (``service``), what is said on the socket (``vhostuser.backend``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from vhostuser.backend import Backend
+
+_FIRST_PASSED_FD = 3
+_BACKLOG = 8
+# sun_path, without its terminating zero.
+_LONGEST_PATH = 107
+
+
+class EndpointError(Exception):
+    """The endpoint cannot be had: one line that says why and what helps."""
+
+
+@dataclasses.dataclass(slots=True)
+class Endpoint:
+    """A listening socket, a connected one, or a path to connect to (then ``sock`` is None)."""
+
+    name: str
+    """The path, or what else names it in the log."""
+    sock: socket.socket | None = None
+    listening: bool = False
+    file: SocketFile | None = None
+
+    async def attend(self, backend: Backend, *, once: bool) -> None:
+        """Serves front-ends; returns when no other will come."""
+        if self.sock is None:
+            await backend.connect(self.name, once=once)
+        elif self.listening:
+            await backend.listen(self.sock, once=once)
+        else:
+            await backend.serve(self.sock, self.name)
+
+    def close(self) -> None:
+        """Removes the socket file, so that nobody connects to a program that ends. The sockets end with the process."""
+        if self.file is not None:
+            self.file.remove()
+
+
+def inherited(fd: int) -> Endpoint:
+    """A socket that was given to us, of whichever kind: programs disagree on which one ``--fd`` means.
+
+    Raises EndpointError.
+    """
+    name = f"fd {fd}"
+    try:
+        sock = socket.socket(fileno=fd)
+        os.set_inheritable(fd, False)
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            raise EndpointError(f"{name}: not a Unix stream socket")
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            path = sock.getsockname()
+            return Endpoint(path if isinstance(path, str) and path else name, sock, listening=True)
+        sock.getpeername()
+    except OSError as error:
+        known = {errno.ENOTSOCK: "not a socket", errno.ENOTCONN: "a socket that is neither listening nor connected"}
+        raise EndpointError(f"{name}: {known.get(error.errno or 0, error.strerror)}") from None
+    return Endpoint(name, sock)
+
+
+def passed_fds(environ: MutableMapping[str, str]) -> int:
+    """How many sockets a service manager passed to this very process (LISTEN_FDS)."""
+    count = environ.get("LISTEN_FDS", "")
+    return int(count) if count.isdecimal() and environ.get("LISTEN_PID") == str(os.getpid()) else 0
+
+
+def passed(environ: MutableMapping[str, str]) -> Endpoint:
+    """The one socket that the service manager passed. Raises EndpointError.
+
+    The variables are removed from ``environ``: a child of ours must not take them for its own.
+    """
+    count = passed_fds(environ)
+    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        environ.pop(variable, None)
+    if count != 1:
+        raise EndpointError(f"the service manager passed {count} sockets (LISTEN_FDS), one is expected")
+    return inherited(_FIRST_PASSED_FD)
+
+
+def listen(path: str, *, mode: int = 0o600, group: int | None = None) -> Endpoint:
+    """Listens on a socket file. A dead socket there is replaced; a live one, or another kind of file, never.
+
+    Raises EndpointError.
+    """
+    file = SocketFile(path)
+    return Endpoint(path, file.create(mode, group), listening=True, file=file)
+
+
+class SocketFile:
+    """Owns the socket file at ``path``, and a lock beside it (PATH.lock): two of us never take it at once."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._lock_path = Path(f"{path}.lock")
+        self._lock = -1
+        self._identity = (0, 0)
+
+    def create(self, mode: int, group: int | None) -> socket.socket:
+        """The listening socket, which is the caller's. Raises EndpointError."""
+        if len(os.fsencode(self._path)) > _LONGEST_PATH:
+            raise EndpointError(f"{self._path}: too long for a socket, at most {_LONGEST_PATH} bytes")
+        try:
+            self._claim()
+            self._clear()
+            return self._bind(mode, group)
+        except (OSError, EndpointError) as error:
+            self._release()
+            reason = f"{self._path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            raise EndpointError(reason) from None
+
+    def _claim(self) -> None:
+        """Takes the lock. Who had it may have removed the file meanwhile: then ours is not what others will see."""
+        while self._lock < 0:
+            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _identity(os.fstat(fd)) == _identity(self._lock_path.stat()):
+                    self._lock = fd
+            except BlockingIOError:
+                raise EndpointError(f"{self._path}: another process serves it (it holds {self._lock_path})") from None
+            except FileNotFoundError:
+                pass
+            finally:
+                if self._lock < 0:
+                    os.close(fd)
+
+    def _clear(self) -> None:
+        """Removes a socket that nobody listens on."""
+        try:
+            kind = self._path.lstat().st_mode
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(kind):
+            raise EndpointError(f"{self._path}: exists and is not a socket; remove it or choose another path")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(bytes(self._path)) != errno.ECONNREFUSED:
+                raise EndpointError(f"{self._path}: another process listens on it")
+        self._path.unlink()
+
+    def _bind(self, mode: int, group: int | None) -> socket.socket:
+        """Nobody but us can connect before group and mode are what was asked for."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            sock.bind(bytes(self._path))
+        finally:
+            os.umask(before)
+        self._identity = _identity(self._path.lstat())
+        try:
+            if group is not None:
+                os.chown(self._path, -1, group)
+            self._path.chmod(mode)
+            sock.listen(_BACKLOG)
+        except OSError:
+            sock.close()
+            self.remove()
+            raise
+        return sock
+
+    def remove(self) -> None:
+        """Removes the socket file if it is still ours, and the lock."""
+        with contextlib.suppress(OSError):
+            if _identity(self._path.lstat()) == self._identity:
+                self._path.unlink()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock < 0:
+            return
+        with contextlib.suppress(OSError):
+            self._lock_path.unlink()
+        os.close(self._lock)
+        self._lock = -1
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

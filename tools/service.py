@@ -1,0 +1,236 @@
+"""What all back-end programs share: common options, signals, readiness, logs and the state dump.
+
+What belongs here: the life of the process, by the back-end program conventions of the vhost-user specification. What
+does not: sockets (``endpoint``), devices and their options (``blk``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import grp
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, MutableMapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vhostuser.backend import Backend
+from vhostuser.dataplane import new_event_loop
+from vhostuser.device import Device
+from vhostuser.tools.endpoint import Endpoint, EndpointError, inherited, listen, passed, passed_fds
+
+log = logging.getLogger("vhostuser")
+
+# How long a stop may take before the process leaves without it, in seconds. What was acknowledged is in the page cache
+# by then, so nothing is lost; and a service manager kills after a few seconds.
+_PATIENCE = 1.0
+_MOST_FDS = 1 << 20  # the kernel's own ceiling, fs.nr_open
+_LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
+
+
+class Failure(Exception):
+    """The program cannot work: one line for stderr, exit status 1."""
+
+
+# ---- options
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser without abbreviations (they would become part of the interface), whose errors are one line, status 2."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def number(low: int, high: int, *, power_of_two: bool = False) -> Callable[[str], int]:
+    """An argparse type: a whole number in a range."""
+    kind = "a power of two" if power_of_two else "a number"
+
+    def parse(text: str) -> int:
+        value = int(text) if text.isdecimal() else low - 1
+        if not low <= value <= high or (power_of_two and value & (value - 1)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} from {low} to {high}")
+        return value
+
+    return parse
+
+
+def _mode(text: str) -> int:
+    if not text or set(text) - set("01234567") or int(text, 8) > 0o777:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an octal mode such as 0660")
+    return int(text, 8)
+
+
+def _group(text: str) -> int:
+    try:
+        return int(text) if text.isdecimal() else grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"there is no group {text!r}") from None
+
+
+def add_options(parser: Parser) -> None:
+    """The options that every back-end program has."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--socket-path", metavar="PATH", help="Unix socket to listen on")
+    where.add_argument("--fd", metavar="N", type=number(0, _MOST_FDS), help="inherited socket, listening or connected")
+    parser.add_argument("--connect", action="store_true", help="connect to --socket-path, again and again")
+    parser.add_argument("--once", action="store_true", help="exit when the first front-end has gone")
+    parser.add_argument("--socket-group", metavar="GROUP", type=_group, help="group of the socket file")
+    parser.add_argument("--socket-mode", metavar="MODE", type=_mode, default=0o600, help="octal, default 0600")
+    parser.add_argument("--print-capabilities", action="store_true", help="print the capabilities as JSON and exit")
+    parser.add_argument("--log-level", choices=_LEVELS, default="info", help="default info")
+    parser.add_argument("--postcopy", choices=("auto", "off"), default="auto", help="auto: offered where permitted")
+    parser.add_argument(
+        "--uffd-fd", metavar="N", type=number(0, _MOST_FDS), default=-1, help="inherited /dev/userfaultfd"
+    )
+    parser.add_argument("--mem-slots", metavar="N", type=number(0, 509), default=509, help="0: whole tables only")
+
+
+def check_options(parser: Parser, options: argparse.Namespace, environ: MutableMapping[str, str]) -> None:
+    """The rules between options; a usage error where one is broken."""
+    if options.connect and options.socket_path is None:
+        parser.error("--connect needs --socket-path")
+    if options.socket_path is None and options.fd is None and not passed_fds(environ):
+        parser.error("one of --socket-path and --fd is needed")
+
+
+def open_endpoint(options: argparse.Namespace, environ: MutableMapping[str, str]) -> Endpoint:
+    """The endpoint that the options ask for. Raises Failure."""
+    try:
+        if options.fd is not None:
+            return inherited(options.fd)
+        if options.socket_path is None:
+            return passed(environ)
+        if options.connect:
+            return Endpoint(options.socket_path)
+        return listen(options.socket_path, mode=options.socket_mode, group=options.socket_group)
+    except EndpointError as error:
+        raise Failure(str(error)) from None
+
+
+# ---- logs and readiness
+
+
+class _Format(logging.Formatter):
+    """PROGRAM: level: SOCKET: message. Connections name their socket themselves; nothing else knows it."""
+
+    def __init__(self, program: str, name: str) -> None:
+        super().__init__()
+        self._program, self._name = program, name
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if not text.startswith(self._name):
+            text = f"{self._name}: {text}"
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return f"{self._program}: {record.levelname.lower()}: {text}"
+
+
+def _log_to_stderr(program: str, name: str, level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format(program, name))
+    logging.basicConfig(handlers=[handler], level=_LEVELS[level])
+
+
+def notify(message: str, environ: MutableMapping[str, str]) -> None:
+    """Tells the service manager (sd_notify) if there is one; not important enough to fail for."""
+    path = environ.get("NOTIFY_SOCKET", "")
+    if path[:1] not in ("/", "@"):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
+        except OSError as error:
+            log.debug("NOTIFY_SOCKET %s: %s", path, error.strerror)
+
+
+# ---- the process
+
+
+def run(
+    program: str,
+    options: argparse.Namespace,
+    device: Device,
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
+    """Serves ``device`` until a signal or the last front-end ends it. Raises Failure.
+
+    ``beside`` runs on the control thread as long as front-ends are served.
+    """
+    loop = new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.run_until_complete(_Service(program, options, device).serve(beside))
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process at once: a thread that waits for a page of a lost guest would hold up any other exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+class _Service:
+    """The process while it serves; lives on the control thread."""
+
+    def __init__(self, program: str, options: argparse.Namespace, device: Device) -> None:
+        self._program = program
+        self._options = options
+        self._device = device
+        self._stop = asyncio.Event()
+
+    async def serve(self, beside: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+        loop = asyncio.get_running_loop()
+        for number_ in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number_, self._stop.set)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        endpoint = open_endpoint(self._options, os.environ)
+        try:
+            _log_to_stderr(self._program, endpoint.name, self._options.log_level)
+            backend = self._backend(endpoint)
+            loop.add_signal_handler(signal.SIGUSR1, self._dump, backend)
+            notify("READY=1", os.environ)
+            await self._attend(endpoint, backend, beside)
+        finally:
+            endpoint.close()
+
+    def _backend(self, endpoint: Endpoint) -> Backend:
+        options = self._options
+        beside_socket = Path(f"{endpoint.name}.postcopy") if endpoint.name.startswith("/") else None
+        return Backend(
+            self._device,
+            postcopy=options.postcopy == "auto",
+            uffd_device=options.uffd_fd,
+            record=beside_socket,
+            mem_slots=options.mem_slots,
+        )
+
+    async def _attend(
+        self, endpoint: Endpoint, backend: Backend, beside: Callable[[], Coroutine[Any, Any, None]] | None
+    ) -> None:
+        """Until the last front-end has gone, or the stop, which does not wait longer than the patience."""
+        attending = asyncio.ensure_future(endpoint.attend(backend, once=self._options.once))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        helper = asyncio.ensure_future(beside()) if beside is not None else None
+        await asyncio.wait((attending, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if helper is not None:
+            helper.cancel()
+        if attending.done():
+            attending.result()
+            return
+        notify("STOPPING=1", os.environ)
+        endpoint.close()
+        attending.cancel()
+        await asyncio.wait((attending,), timeout=_PATIENCE)
+
+    def _dump(self, backend: Backend) -> None:
+        state = {"device": self._device.state(), **backend.state()}
+        print("vhostuser-state:", json.dumps(state, default=str), file=sys.stderr, flush=True)
