@@ -32,6 +32,7 @@
 #define VU_E_ORDER -14     /* a readable descriptor after a writable one */
 #define VU_E_INFLIGHT -15  /* the in-flight region contradicts itself or the ring */
 #define VU_E_CLOSED -16    /* the queue was closed while the chain was out */
+#define VU_E_FILE -17      /* not a regular file: a pipe, a socket, a device; its size cannot be judged */
 
 /* ---- guest memory (memory.c) ------------------------------------------------------------------------- */
 
@@ -277,3 +278,26 @@ void vu_blk_get_stats(const vu_blk *blk, struct vu_blk_stats *stats);
 /* Serves the queue until `stop` (an eventfd, left unread) is readable and no chain is out: 0; or a negative code when the
  * ring broke. kick: eventfd, or -1 for a ring that is polled. One thread per queue; several queues may share `blk`. [touches] */
 int vu_blk_run(vu_blk *blk, vu_queue *queue, int kick, int stop);
+
+/* ---- a load of block requests, for measurements (load.c) --------------------------------------------------- */
+
+struct vu_load {
+    vu_driver *driver;
+    vu_map *map;
+    uint64_t at;          /* guest address of depth * (length + 64) bytes for requests */
+    uint64_t blocks;      /* of `length` bytes on the disk: requests go to random ones */
+    uint64_t seed;
+    uint64_t duration_ns; /* no request is made after it; those in flight are waited for */
+    uint32_t depth;       /* requests in flight */
+    uint32_t length;      /* bytes, a multiple of 512 */
+    int write;            /* 1: write requests, 0: read requests */
+    int kick, call;       /* eventfds */
+};
+
+struct vu_load_result {
+    uint64_t completed, errors; /* errors: of the completed, those whose status was not OK */
+    uint64_t kicks, sleeps, elapsed_ns;
+};
+
+/* Runs the load: 0, or a negative code: VU_E_CLOSED if the device is silent for five seconds. [touches] */
+int vu_load_run(const struct vu_load *load, struct vu_load_result *result);
