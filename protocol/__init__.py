@@ -1,0 +1,135 @@
+"""vhost-user as bytes: messages, both ends' state machines, no input or output.
+
+Bytes and file descriptors go in, typed messages come out, and the other way round. Nothing here opens, reads,
+duplicates or closes a descriptor, knows an event loop, or touches memory of a guest. The public names are listed flat
+below.
+"""
+
+# The directory lies at the root of the source tree. Imported from there as `protocol` it would be a second copy of
+# every class, and `except RemoteProtocolError` would not catch the other copy's.
+if __name__ != "vhostuser.protocol":
+    raise ImportError(f"import vhostuser.protocol, not {__name__}: two copies of one class never compare equal")
+
+from vhostuser.protocol.catalog import BACKEND, FRONTEND, Row
+from vhostuser.protocol.codec import HEADER_SIZE, MAX_FDS, Header, encode
+from vhostuser.protocol.codes import (
+    NEED_REPLY,
+    NO_FD,
+    REPLY,
+    VERSION,
+    VHOST_VRING_F_LOG,
+    BackendRequest,
+    ConfigFlags,
+    FrontendRequest,
+    IotlbType,
+    ProtocolFeature,
+    TransferDirection,
+    VirtioFeature,
+    VringEndian,
+    feature_names,
+    protocol_feature_names,
+)
+from vhostuser.protocol.errors import (
+    LocalProtocolError,
+    ProtocolError,
+    QueueBroken,
+    RemoteProtocolError,
+    RequestRefused,
+    VhostUserError,
+)
+from vhostuser.protocol.exchange import Answer, Client, Outgoing, Reply, Request, Server
+from vhostuser.protocol.payloads import (
+    U64,
+    Config,
+    CryptoSession,
+    DeviceStateReply,
+    DeviceStateTransfer,
+    Empty,
+    Inflight,
+    Iotlb,
+    Log,
+    MemoryRegion,
+    MemoryTable,
+    MmapMsg,
+    Payload,
+    PostcopyAck,
+    ShmemConfig,
+    SingleRegion,
+    Uuid,
+    VringAddress,
+    VringArea,
+    VringFd,
+    VringState,
+    XenMemoryRegion,
+    XenMemoryTable,
+    XenSingleRegion,
+)
+from vhostuser.protocol.postcopy import Effect, Postcopy
+from vhostuser.protocol.ring import Ring
+from vhostuser.protocol.session import BackendSession, FrontendSession
+
+__all__ = [
+    "BACKEND",
+    "FRONTEND",
+    "HEADER_SIZE",
+    "MAX_FDS",
+    "NEED_REPLY",
+    "NO_FD",
+    "REPLY",
+    "U64",
+    "VERSION",
+    "VHOST_VRING_F_LOG",
+    "Answer",
+    "BackendRequest",
+    "BackendSession",
+    "Client",
+    "Config",
+    "ConfigFlags",
+    "CryptoSession",
+    "DeviceStateReply",
+    "DeviceStateTransfer",
+    "Effect",
+    "Empty",
+    "FrontendRequest",
+    "FrontendSession",
+    "Header",
+    "Inflight",
+    "Iotlb",
+    "IotlbType",
+    "LocalProtocolError",
+    "Log",
+    "MemoryRegion",
+    "MemoryTable",
+    "MmapMsg",
+    "Outgoing",
+    "Payload",
+    "Postcopy",
+    "PostcopyAck",
+    "ProtocolError",
+    "ProtocolFeature",
+    "QueueBroken",
+    "RemoteProtocolError",
+    "Reply",
+    "Request",
+    "RequestRefused",
+    "Ring",
+    "Row",
+    "Server",
+    "ShmemConfig",
+    "SingleRegion",
+    "TransferDirection",
+    "Uuid",
+    "VhostUserError",
+    "VirtioFeature",
+    "VringAddress",
+    "VringArea",
+    "VringEndian",
+    "VringFd",
+    "VringState",
+    "XenMemoryRegion",
+    "XenMemoryTable",
+    "XenSingleRegion",
+    "encode",
+    "feature_names",
+    "protocol_feature_names",
+]
