@@ -1,0 +1,17 @@
+"""A bench for virtual machines: a small Linux guest, QEMU without KVM, live migration, and what can be observed of it.
+
+The demo and the tests against real QEMU are written with it. Nothing here knows about the library under
+test: a back-end is a command line that serves a Unix socket.
+
+* `image`: what the guest boots from, made on the spot
+* `journal`, `process`: child processes that cannot outlive us, and what they say
+* `guest`: shell commands in a running guest, also while it migrates
+* `backend`, `machine`: a vhost-user back-end process and a QEMU process
+* `migration`: precopy, postcopy, recovery
+* `trace`: QEMU's account of the faults that it served for a back-end
+* `bench`: one test's directory, processes and disks, released together
+"""
+
+from .errors import LabError
+
+__all__ = ["LabError"]

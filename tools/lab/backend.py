@@ -1,0 +1,76 @@
+"""A vhost-user back-end as a child process: its command line, its socket, its counters, its mappings."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import LabError
+from .process import Process
+
+STATE_PREFIX = "vhostuser-state: "
+
+#: Makes a back-end's command line from the socket to listen on, the disk image and options of its own.
+CommandLine = Callable[[Path, Path, Sequence[str]], list[str]]
+
+
+def vhostuser_blk(socket: Path, image: Path, options: Sequence[str] = ()) -> list[str]:
+    """The command line of this project's back-end, run by this interpreter."""
+    command = [sys.executable, "-P", "-m", "vhostuser.tools.blk"]
+    return [*command, f"--socket-path={socket}", f"--blk-file={image}", *options]
+
+
+def storage_daemon(socket: Path, image: Path, options: Sequence[str] = ()) -> list[str]:
+    """The command line of QEMU's own back-end; `options` are added to its export's."""
+    export = f"vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on"
+    return [
+        "qemu-storage-daemon",
+        f"--blockdev=driver=file,node-name=f,filename={image},discard=unmap",
+        f"--export={','.join([export, *options])}",
+    ]
+
+
+class BackendProcess(Process):
+    """A back-end that listens on `socket`: an async context manager, entered when it listens."""
+
+    def __init__(self, name: str, command: Sequence[str], socket: Path) -> None:
+        super().__init__(name, command)
+        self.socket = socket
+
+    async def __aenter__(self) -> BackendProcess:
+        await super().__aenter__()
+        try:
+            async with asyncio.timeout(20):
+                while not _listening(self.socket):
+                    if not self.running:
+                        raise LabError(f"{self.name} ended at its start: {' | '.join(self.output.entries)}")
+                    await asyncio.sleep(0.01)
+        except BaseException as error:
+            await self.__aexit__()
+            if isinstance(error, TimeoutError):
+                raise LabError(f"{self.name} does not listen on {self.socket} after 20 s") from None
+            raise
+        return self
+
+    async def state(self, within: float = 10) -> dict[str, Any]:
+        """Its counters, as it prints them when it is sent SIGUSR1 (this project's back-end only)."""
+        start = len(self.output.entries)
+        self.send(signal.SIGUSR1)
+        line = await self.output.find(lambda entry: entry.startswith(STATE_PREFIX), "state", start=start, within=within)
+        state: dict[str, Any] = json.loads(line.removeprefix(STATE_PREFIX))
+        return state
+
+
+def _listening(socket: Path) -> bool:
+    """Whether somebody listens on `socket`, found without a connection, which a back-end would serve."""
+    accepting = 0x10000  # __SO_ACCEPTCON in the kernel's net/unix
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[7] == str(socket) and int(fields[3], 16) & accepting:
+            return True
+    return False

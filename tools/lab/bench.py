@@ -1,0 +1,116 @@
+"""One test's directory, disks, processes and guest, released together whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from .backend import BackendProcess, CommandLine, vhostuser_blk
+from .guest import Guest
+from .image import GuestImage
+from .machine import Hardware, Machine
+from .process import Process
+from .trace import EVENTS
+
+MIB = 1 << 20
+
+
+class Bench:
+    """An async context manager. What it made ends with it; `report()` says what everybody's last words were.
+
+    The directory is a new one with a short name, since a Unix socket's path has at most 107 bytes; it is removed,
+    unless VHOSTUSER_KEEP is set in the environment or `keep` given.
+    """
+
+    def __init__(self, image: GuestImage, *, keep: bool = False) -> None:
+        self.image = image
+        self.guest = Guest()
+        self.directory = Path(tempfile.mkdtemp(prefix="vhu-"))
+        self._keep = keep or bool(os.environ.get("VHOSTUSER_KEEP"))
+        self._stack = contextlib.AsyncExitStack()
+        self._processes: list[Process] = []
+        self._machines: list[Machine] = []
+        self._names: Counter[str] = Counter()
+
+    async def __aenter__(self) -> Bench:
+        if not self._keep:
+            self._stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        await self._stack.enter_async_context(self.guest)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    def disk(self, mebibytes: int, seed: int = 1) -> Path:
+        """A new disk image full of bytes that only `seed` decides."""
+        path = self.directory / f"{self._unique('disk')}.img"
+        path.write_bytes(random.Random(seed).randbytes(mebibytes * MIB))
+        return path
+
+    async def backend(
+        self,
+        image: Path,
+        options: Sequence[str] = (),
+        *,
+        command: CommandLine = vhostuser_blk,
+        socket: Path | None = None,
+    ) -> BackendProcess:
+        """A new back-end that serves `image`, on a new socket or on `socket`."""
+        name = self._unique("backend")
+        socket = socket or self.directory / f"{name}.sock"
+        backend = BackendProcess(name, command(socket, image, options), socket)
+        self._processes.append(backend)
+        await self._stack.enter_async_context(backend)
+        return backend
+
+    async def machine(self, hardware: Hardware, *backends: BackendProcess) -> Machine:
+        """A machine that boots the guest, with one disk for each of `backends`; returns before the guest has booted."""
+        return await self._start(hardware, backends, incoming=False)
+
+    async def destination(self, hardware: Hardware, *backends: BackendProcess) -> Machine:
+        """A machine that waits for the guest to migrate to it."""
+        return await self._start(hardware, backends, incoming=True)
+
+    def report(self) -> str:
+        """The end of each log and the monitors' events, to be read after a failure."""
+        parts = [_tail(process.name, process.output.entries) for process in self._processes]
+        for machine in self._machines:
+            parts.append(_tail(f"{machine.name}'s events", [_brief(event) for event in machine.events.entries]))
+            if machine.console.exists():
+                parts.append(_tail(f"{machine.name}'s console", machine.console.read_text("latin-1").splitlines()))
+        return "\n".join(parts)
+
+    async def _start(self, hardware: Hardware, backends: Sequence[BackendProcess], incoming: bool) -> Machine:
+        machine = Machine(
+            self._unique("qemu"),
+            self.directory,
+            self.image,
+            hardware,
+            [backend.socket for backend in backends],
+            incoming=incoming,
+            trace_events=EVENTS,
+        )
+        self._processes.append(machine.process)
+        await self._stack.enter_async_context(machine)
+        self._machines.append(machine)
+        self.guest.follow(machine)
+        return machine
+
+    def _unique(self, kind: str) -> str:
+        number = self._names[kind]
+        self._names[kind] += 1
+        return f"{kind}{number}"
+
+
+def _brief(event: object) -> str:
+    return str(event)[:200]
+
+
+def _tail(title: str, lines: Sequence[str], count: int = 25) -> str:
+    return "\n".join([f"--- {title} ({len(lines)} lines)", *lines[-count:]])

@@ -1,0 +1,134 @@
+"""Live migration between two machines of one bench: precopy, the switch to postcopy, pause and recovery."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import LabError
+from .machine import Event, Machine
+
+#: The switch to postcopy waits until the first pass has moved this many bytes.
+FIRST_PASS = 4 << 20
+
+
+@dataclass(frozen=True)
+class Span:
+    """From one moment to another, in seconds since the epoch."""
+
+    begin: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it lasted."""
+        return self.end - self.begin
+
+
+class Migration:
+    """One migration from `source` to `destination`, which waits for it.
+
+    `bandwidth` and `postcopy_bandwidth` are in bytes per second, 0 for no limit; a limit keeps pages missing long
+    enough to be asked for. `capabilities` are QEMU's, postcopy-ram among them if `switch` is to be called.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(
+        self,
+        source: Machine,
+        destination: Machine,
+        directory: Path,
+        *,
+        capabilities: Sequence[str] = (),
+        bandwidth: int = 0,
+        postcopy_bandwidth: int = 0,
+    ) -> None:
+        self.source = source
+        self.destination = destination
+        self._directory = directory
+        self._capabilities = ("events", *capabilities)
+        self._parameters = {
+            "max_bandwidth": bandwidth or 1 << 40,
+            "max_postcopy_bandwidth": postcopy_bandwidth,
+        }
+
+    async def start(self) -> None:
+        """Set both sides up and start; returns when the source has begun to send."""
+        switched_on = [{"capability": name, "state": True} for name in self._capabilities]
+        for machine in (self.source, self.destination):
+            await machine.execute("migrate-set-capabilities", capabilities=switched_on)
+        await self.source.execute("migrate-set-parameters", **self._parameters)
+        uri = self._uri()
+        await self.destination.execute("migrate-incoming", uri=uri)
+        await self.source.execute("migrate", uri=uri)
+        await self.source_status("active")
+
+    async def switch(self, after: int = FIRST_PASS) -> None:
+        """Start postcopy, once the first pass has moved `after` bytes; returns when the source says postcopy-active."""
+        while (await self.progress())["ram"]["transferred"] < after:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.05)
+        await self.source.execute("migrate-start-postcopy")
+        await self.source_status("postcopy-active")
+
+    async def pause(self) -> None:
+        """Break the migration's connection in postcopy; returns when both sides say postcopy-paused."""
+        await self.source.execute("migrate-pause")
+        await self.source_status("postcopy-paused")
+        await self.destination_status("postcopy-paused")
+
+    async def recover(self) -> None:
+        """Connect again after `pause`; returns when postcopy goes on."""
+        seen = len(self.source.events.entries)
+        uri = self._uri()
+        await self.destination.execute("migrate-recover", uri=uri)
+        await self.source.execute("migrate", uri=uri, resume=True)
+        await self.source.event("MIGRATION", start=seen, status="postcopy-active")
+
+    async def completed(self, within: float = 120) -> None:
+        """Wait until both sides say completed; `LabError` if either fails or takes longer."""
+        await self.source_status("completed", within)
+        await self.destination_status("completed", within)
+
+    async def progress(self) -> dict[str, Any]:
+        """The source's answer to query-migrate."""
+        answer: dict[str, Any] = await self.source.execute("query-migrate")
+        return answer
+
+    async def source_status(self, status: str, within: float = 60) -> Event:
+        """The source's first event that says `status`."""
+        return await self._status(self.source, status, within)
+
+    async def destination_status(self, status: str, within: float = 60) -> Event:
+        """The destination's first event that says `status`."""
+        return await self._status(self.destination, status, within)
+
+    async def postcopy_span(self) -> Span:
+        """From the source's postcopy-active to its completed, in its own words: call it when that is over."""
+        begin = await self.source_status("postcopy-active", 1)
+        end = await self.source_status("completed", 1)
+        return Span(_seconds(begin), _seconds(end))
+
+    @staticmethod
+    async def _status(machine: Machine, status: str, within: float) -> Event:
+        final = {status, "failed", "cancelled"}
+        event = await machine.events.find(
+            lambda event: event["event"] == "MIGRATION" and event["data"]["status"] in final,
+            f"migration status {status}",
+            within=within,
+        )
+        if event["data"]["status"] != status:
+            raise LabError(f"{machine.name}: migration {event['data']['status']} while we waited for {status}")
+        return event
+
+    def _uri(self) -> str:
+        return f"unix:{self._directory}/migration.{next(self._numbers)}"
+
+
+def _seconds(event: Event) -> float:
+    stamp = event["timestamp"]
+    return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
