@@ -173,6 +173,7 @@ typedef struct {
 
 #define VU_DRIVER_EVENT_IDX 1
 #define VU_DRIVER_INDIRECT 2 /* put each chain into an indirect table of its own */
+#define VU_DRIVER_TABLE 128  /* entries of each such table: the longest chain */
 
 /* A split ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches] */
 vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags, int *error);
@@ -181,7 +182,8 @@ uint64_t vu_driver_bytes(uint32_t size, uint32_t flags); /* of guest memory that
 uint64_t vu_driver_desc(const vu_driver *driver);        /* guest addresses of its parts */
 uint64_t vu_driver_avail(const vu_driver *driver);
 uint64_t vu_driver_used(const vu_driver *driver);
-/* Offers one chain; its head, or VU_E_SIZE when the ring is full. Not visible before vu_driver_publish. [touches] */
+/* Offers one chain; its head, or VU_E_SIZE when there is no room for it or count is 0. Not visible before
+ * vu_driver_publish. Buffers are taken as they are, also those that a device must refuse. [touches] */
 int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count);
 /* Publishes what was added; 1 if the device wants a kick, else 0. [touches] */
 int vu_driver_publish(vu_driver *driver);

@@ -55,10 +55,31 @@ uint8_t *vu_map_run(const vu_map *map, uint64_t guest, uint64_t length, uint64_t
 /* The page size in bytes of the region that holds this host address, or 0. */
 uint64_t vu_map_page_size(const vu_map *map, const void *host);
 
+/* ---- files of the front-end that are not guest memory: the dirty log, the in-flight region ------------------ */
+
+struct vu_mapping {
+    uint8_t *at;         /* the first byte that was asked for */
+    struct vu_span span; /* what is mapped, page aligned */
+};
+
+/* Maps [offset, offset + size) shared and writable: 0, VU_E_SIZE, VU_E_OVERFLOW, VU_E_FILE, VU_E_SHORT or VU_E_SYS. */
+int vu_mapping_open(struct vu_mapping *mapping, int fd, uint64_t offset, uint64_t size);
+void vu_mapping_close(struct vu_mapping *mapping);
+
+/* vu_log_mark for those who are inside a guard that has the log's span. */
+int vu_log_set(vu_log *log, uint64_t guest, uint64_t length);
+/* 0, or why pages of this range could not be marked. */
+int vu_log_check(const vu_log *log, uint64_t guest, uint64_t length);
+struct vu_span vu_log_span(const vu_log *log);
+
 /* ---- queues -------------------------------------------------------------------------------------------------- */
 
 const vu_map *vu_queue_map(const vu_queue *queue);
+/* The pool between LISTEN and END, else NULL. vu_queue_set_touch (touch.c) stores it with vu_queue_keep_touch. */
 vu_touch *vu_queue_touch(const vu_queue *queue);
+void vu_queue_keep_touch(vu_queue *queue, vu_touch *touch);
+/* The three parts of the ring itself, for vu_queue_touch_ring. */
+void vu_queue_spans(const vu_queue *queue, struct vu_span spans[3]);
 /* What touch.c keeps per queue, made by vu_queue_set_touch and freed with the queue. */
 struct vu_ahead;
 struct vu_ahead **vu_queue_ahead(vu_queue *queue);

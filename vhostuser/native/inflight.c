@@ -1,0 +1,207 @@
+/*
+ * The in-flight region: which chains were taken and not returned, kept by the front-end across a crash of ours.
+ *
+ * What belongs here: the layout of the split format (vhost-user specification, "Inflight I/O tracking") and its order of
+ * writes. Alignment between queues is not specified; ours start at multiples of 64 bytes. The region is the front-end's:
+ * its content is judged once, as a queue starts, and only written afterwards.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "queue.h"
+
+#define VERSION 1
+#define QUEUE_ALIGN 64
+
+struct entry {
+    uint8_t inflight;
+    uint8_t padding[5];
+    uint16_t next;
+    uint64_t counter;
+};
+
+struct vu_inflight_split {
+    uint64_t features;
+    uint16_t version; /* 0: nobody has used it yet */
+    uint16_t desc_num;
+    uint16_t last_batch_head;
+    uint16_t used_idx;
+    struct entry entries[];
+};
+
+_Static_assert(sizeof(struct entry) == 16 && sizeof(struct vu_inflight_split) == 16, "layout of the specification");
+
+struct vu_inflight {
+    _Atomic uint32_t references;
+    uint32_t queues, queue_size;
+    struct vu_mapping mapping;
+};
+
+static uint64_t stride(uint32_t queue_size)
+{
+    uint64_t bytes = sizeof(struct vu_inflight_split) + queue_size * sizeof(struct entry);
+    return (bytes + QUEUE_ALIGN - 1) / QUEUE_ALIGN * QUEUE_ALIGN;
+}
+
+uint64_t vu_inflight_size(uint32_t queues, uint32_t queue_size)
+{
+    return queues * stride(queue_size);
+}
+
+vu_inflight *vu_inflight_map(int fd, uint64_t size, uint64_t offset, uint32_t queues, uint32_t queue_size, int *error)
+{
+    *error = 0;
+    if (!queues || queues > UINT16_MAX || !queue_size || queue_size > VU_SPLIT_SIZE_MAX)
+        *error = VU_E_SIZE;
+    else if (size < vu_inflight_size(queues, queue_size))
+        *error = VU_E_SHORT;
+    else if (offset % _Alignof(uint64_t))
+        *error = VU_E_ALIGN;
+    vu_inflight *inflight = *error ? NULL : calloc(1, sizeof *inflight);
+    if (!inflight) {
+        *error = *error ? *error : VU_E_NOMEM;
+        return NULL;
+    }
+    *error = vu_mapping_open(&inflight->mapping, fd, offset, size);
+    if (*error) {
+        int number = errno;
+        free(inflight);
+        errno = number;
+        return NULL;
+    }
+    atomic_init(&inflight->references, 1);
+    inflight->queues = queues;
+    inflight->queue_size = queue_size;
+    return inflight;
+}
+
+void vu_inflight_get(vu_inflight *inflight)
+{
+    atomic_fetch_add(&inflight->references, 1);
+}
+
+void vu_inflight_put(vu_inflight *inflight)
+{
+    if (!inflight || atomic_fetch_sub(&inflight->references, 1) != 1)
+        return;
+    vu_mapping_close(&inflight->mapping);
+    free(inflight);
+}
+
+struct vu_span vu_inflight_span(const vu_inflight *inflight)
+{
+    return inflight->mapping.span;
+}
+
+int vu_inflight_attach(const vu_inflight *inflight, uint32_t index, uint32_t size, struct vu_inflight_queue *queue)
+{
+    if (index >= inflight->queues || size > inflight->queue_size)
+        return VU_E_INFLIGHT;
+    queue->split = (struct vu_inflight_split *)(inflight->mapping.at + index * stride(inflight->queue_size));
+    return 0;
+}
+
+/* ---- recovery ------------------------------------------------------------------------------------------ */
+
+static int compare_taken(const void *left, const void *right)
+{
+    const struct vu_taken *a = left, *b = right;
+    if (a->counter != b->counter)
+        return a->counter < b->counter ? -1 : 1;
+    return (a->head > b->head) - (a->head < b->head);
+}
+
+static uint32_t list_taken(const struct vu_inflight_split *split, uint32_t size, struct vu_taken *taken)
+{
+    uint32_t count = 0;
+    for (uint32_t head = 0; head < size; head++) {
+        const struct entry *entry = &split->entries[head];
+        if (__atomic_load_n(&entry->inflight, __ATOMIC_RELAXED))
+            taken[count++] = (struct vu_taken){__atomic_load_n(&entry->counter, __ATOMIC_RELAXED), (uint16_t)head};
+    }
+    return count;
+}
+
+/* The used index moved on and we died before saying so: the last batch, which may be longer than one, was returned.
+ * Its list starts at last_batch_head; an entry of it may have been finished already. */
+static int finish_batch(struct vu_inflight_queue *queue, uint32_t size, uint16_t returned)
+{
+    if (returned > size)
+        return VU_E_INFLIGHT;
+    uint16_t head = vu_load16(&queue->split->last_batch_head);
+    for (; returned; returned--) {
+        if (head >= size)
+            return VU_E_INFLIGHT;
+        vu_inflight_finish(queue, head);
+        head = vu_load16(&queue->split->entries[head].next);
+    }
+    return 0;
+}
+
+static int recover_taken(struct vu_inflight_queue *queue, uint32_t size, uint16_t used, struct vu_taken *taken,
+                         uint32_t *count)
+{
+    struct vu_inflight_split *split = queue->split;
+    /* Nothing in flight: whatever else the region says (a ring that the guest has set up anew, say) is of no interest. */
+    *count = list_taken(split, size, taken);
+    if (!*count)
+        return 0;
+    if (vu_load16(&split->desc_num) != size)
+        return VU_E_INFLIGHT;
+    int code = finish_batch(queue, size, (uint16_t)(used - vu_load16(&split->used_idx)));
+    if (code)
+        return code;
+    *count = list_taken(split, size, taken);
+    qsort(taken, *count, sizeof *taken, compare_taken);
+    if (*count)
+        queue->counter = taken[*count - 1].counter + 1;
+    return 0;
+}
+
+int vu_inflight_recover(struct vu_inflight_queue *queue, uint32_t size, uint16_t used, struct vu_taken *taken,
+                        uint32_t *count)
+{
+    struct vu_inflight_split *split = queue->split;
+    uint16_t version = vu_load16(&split->version);
+    if (version > VERSION)
+        return VU_E_INFLIGHT;
+    /* A fresh region may come with a ring that is not: after a migration its used index is anything, and does not tell
+     * of chains that somebody returned. */
+    *count = 0;
+    int code = version ? recover_taken(queue, size, used, taken, count) : 0;
+    if (code)
+        return code;
+    /* The index goes before the list: a crash in between leaves no difference for which the list would be walked. */
+    vu_inflight_seal(queue, used);
+    vu_store16_release(&split->last_batch_head, queue->last_batch);
+    vu_store16_release(&split->desc_num, (uint16_t)size);
+    vu_store16_release(&split->version, VERSION);
+    return 0;
+}
+
+/* ---- while the ring runs ------------------------------------------------------------------------------- */
+
+void vu_inflight_take(struct vu_inflight_queue *queue, uint16_t head)
+{
+    struct entry *entry = &queue->split->entries[head];
+    __atomic_store_n(&entry->counter, queue->counter++, __ATOMIC_RELAXED);
+    __atomic_store_n(&entry->inflight, 1, __ATOMIC_RELEASE);
+}
+
+void vu_inflight_link(struct vu_inflight_queue *queue, uint16_t head)
+{
+    vu_store16(&queue->split->entries[head].next, queue->last_batch);
+    queue->last_batch = head;
+    vu_store16_release(&queue->split->last_batch_head, head);
+}
+
+void vu_inflight_finish(struct vu_inflight_queue *queue, uint16_t head)
+{
+    __atomic_store_n(&queue->split->entries[head].inflight, 0, __ATOMIC_RELEASE);
+}
+
+void vu_inflight_seal(struct vu_inflight_queue *queue, uint16_t used)
+{
+    vu_store16_release(&queue->split->used_idx, used);
+}

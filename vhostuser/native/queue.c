@@ -1,0 +1,380 @@
+/*
+ * The device side of a queue, whatever the format of its ring: its life, the pool of chains, the guard around every
+ * touch, copies in and out of chains, calls.
+ *
+ * What belongs here: what packed rings will need as well. What does not: descriptors and indexes (split.c).
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "queue.h"
+
+/* What one queue may keep in segment arrays outside of its slots, in segments (24 MiB). A block device with 1024 requests
+ * of 254 segments needs a quarter of that; only a guest that wants our memory gets there. */
+#define LARGE_LIMIT (1u << 20)
+/* Arrays up to this size stay with their slot for the next chain; longer ones are freed. */
+#define KEPT_CAPACITY 64
+/* Virtio 1.2, 2.7.5.2: a chain has at most 2^32 bytes in all. */
+#define CHAIN_BYTES_MAX (UINT64_C(1) << 32)
+
+/* ---- life ---------------------------------------------------------------------------------------------- */
+
+static int open_queue(vu_queue *queue, const struct vu_ring *ring, vu_inflight *inflight)
+{
+    if (ring->flags & VU_RING_PACKED || !ring->size || ring->size > VU_SPLIT_SIZE_MAX || ring->size & (ring->size - 1))
+        return VU_E_SIZE;
+    int code = vu_split_setup(queue, ring);
+    if (!code && inflight)
+        code = vu_inflight_attach(inflight, ring->index, ring->size, &queue->inflight);
+    if (!code)
+        code = vu_guard_install();
+    if (code)
+        return code;
+    queue->slots = calloc(ring->size, sizeof *queue->slots);
+    if (inflight)
+        queue->resubmit = calloc(ring->size, sizeof *queue->resubmit);
+    return queue->slots && (queue->resubmit || !inflight) ? 0 : VU_E_NOMEM;
+}
+
+vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_inflight *inflight, int *error)
+{
+    vu_queue *queue = calloc(1, sizeof *queue);
+    if (!queue) {
+        *error = VU_E_NOMEM;
+        return NULL;
+    }
+    vu_map_get(queue->map = map);
+    if (log) {
+        vu_log_get(queue->log = log);
+        queue->extra[0] = vu_log_span(log);
+    }
+    if (inflight) {
+        vu_inflight_get(queue->region = inflight);
+        queue->extra[1] = vu_inflight_span(inflight);
+    }
+    queue->size = ring->size;
+    queue->flags = ring->flags;
+    queue->log_addr = ring->log_addr;
+    atomic_init(&queue->next_avail, (uint16_t)ring->base);
+    atomic_init(&queue->call, -1);
+    *error = open_queue(queue, ring, inflight);
+    if (!*error)
+        return queue;
+    vu_queue_free(queue);
+    return NULL;
+}
+
+void vu_queue_free(vu_queue *queue)
+{
+    if (!queue)
+        return;
+    if (queue->ahead)
+        vu_ahead_free(queue->ahead);
+    for (uint32_t i = 0; queue->slots && i < queue->size; i++)
+        if (queue->slots[i].capacity > VU_SLOT_SEGMENTS)
+            free(queue->slots[i].chain.segments);
+    free(queue->slots);
+    free(queue->resubmit);
+    free(queue->table);
+    vu_inflight_put(queue->region);
+    vu_log_put(queue->log);
+    vu_map_put(queue->map);
+    free(queue);
+}
+
+/* ---- what others may ask --------------------------------------------------------------------------------- */
+
+uint32_t vu_queue_base(const vu_queue *queue)
+{
+    return atomic_load(&queue->next_avail);
+}
+
+uint32_t vu_queue_out(const vu_queue *queue)
+{
+    return atomic_load(&queue->out);
+}
+
+int vu_queue_broken(const vu_queue *queue)
+{
+    return atomic_load(&queue->broken);
+}
+
+uint16_t vu_queue_broken_head(const vu_queue *queue)
+{
+    return atomic_load(&queue->broken_head);
+}
+
+const vu_map *vu_queue_map(const vu_queue *queue)
+{
+    return queue->map;
+}
+
+vu_touch *vu_queue_touch(const vu_queue *queue)
+{
+    return queue->touch;
+}
+
+void vu_queue_keep_touch(vu_queue *queue, vu_touch *touch)
+{
+    queue->touch = touch;
+}
+
+void vu_queue_spans(const vu_queue *queue, struct vu_span spans[3])
+{
+    spans[0] = (struct vu_span){(uintptr_t)queue->desc, vu_desc_bytes(queue->size)};
+    spans[1] = (struct vu_span){(uintptr_t)queue->avail, vu_avail_bytes(queue->size)};
+    spans[2] = (struct vu_span){(uintptr_t)queue->used, vu_used_bytes(queue->size)};
+}
+
+struct vu_ahead **vu_queue_ahead(vu_queue *queue)
+{
+    return &queue->ahead;
+}
+
+struct vu_ahead_link *vu_chain_link(struct vu_chain *chain)
+{
+    return &((struct vu_slot *)chain)->link;
+}
+
+/* ---- the pool ------------------------------------------------------------------------------------------ */
+
+static vu_segment *outgrow(vu_queue *queue, struct vu_slot *slot)
+{
+    vu_chain *chain = &slot->chain;
+    uint32_t capacity = slot->capacity * 2;
+    if (queue->large + capacity > LARGE_LIMIT)
+        return NULL;
+    bool was_large = slot->capacity > VU_SLOT_SEGMENTS;
+    vu_segment *segments = realloc(was_large ? chain->segments : NULL, capacity * sizeof *segments);
+    if (!segments)
+        return NULL;
+    if (!was_large)
+        memcpy(segments, slot->few, sizeof slot->few);
+    queue->large += capacity - (was_large ? slot->capacity : 0);
+    chain->segments = segments;
+    slot->capacity = capacity;
+    return segments;
+}
+
+/* A zero-length descriptor is passed over: the specification does not forbid it, and drivers exist that send some. */
+int vu_slot_add(vu_queue *queue, struct vu_slot *slot, const struct vu_desc *desc)
+{
+    vu_chain *chain = &slot->chain;
+    uint64_t guest = desc->addr, left = desc->len, run;
+    bool writable = desc->flags & VU_DESC_WRITE;
+    if (!writable && chain->writable_count)
+        return VU_E_ORDER;
+    if (left > UINT64_MAX - guest)
+        return VU_E_OVERFLOW;
+    *(writable ? &chain->writable : &chain->readable) += left;
+    if (chain->readable + chain->writable > CHAIN_BYTES_MAX)
+        return VU_E_SIZE;
+    for (; left; guest += run, left -= run) {
+        uint8_t *host = vu_map_run(queue->map, guest, left, &run);
+        if (!host)
+            return VU_E_RANGE;
+        uint32_t at = chain->readable_count + chain->writable_count;
+        if (at == slot->capacity && !outgrow(queue, slot))
+            return VU_E_NOMEM;
+        chain->segments[at] = (vu_segment){host, run, guest};
+        (*(writable ? &chain->writable_count : &chain->readable_count))++;
+    }
+    return 0;
+}
+
+static void release(vu_queue *queue, vu_chain *chain)
+{
+    struct vu_slot *slot = (struct vu_slot *)chain;
+    if (!slot->out)
+        return;
+    slot->out = false;
+    if (slot->capacity > KEPT_CAPACITY) {
+        free(chain->segments);
+        queue->large -= slot->capacity;
+        slot->capacity = 0;
+    }
+}
+
+/* ---- the ring ------------------------------------------------------------------------------------------ */
+
+static int break_queue(vu_queue *queue, int code)
+{
+    atomic_store(&queue->broken, code);
+    return code;
+}
+
+/* Around everything that touches the ring: the sticky code, or a guard over map, log and in-flight region. */
+#define ENTER(queue, guard)                                                     \
+    do {                                                                        \
+        int sticky_ = atomic_load_explicit(&(queue)->broken, memory_order_relaxed); \
+        if (sticky_)                                                            \
+            return sticky_;                                                     \
+        if (VU_GUARD(&(guard), (queue)->map))                                   \
+            return break_queue((queue), VU_E_FAULT);                            \
+        (guard).extra[0] = (queue)->extra[0];                                   \
+        (guard).extra[1] = (queue)->extra[1];                                   \
+    } while (0)
+
+static int leave(vu_queue *queue, struct vu_guard *guard, int code)
+{
+    vu_guard_leave(guard);
+    return code < 0 ? break_queue(queue, code) : code;
+}
+
+static int pop_guarded(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32_t *done)
+{
+    struct vu_guard guard;
+    ENTER(queue, guard);
+    int code = queue->started ? 0 : vu_split_start(queue);
+    if (!code)
+        code = vu_split_pop(queue, chains, max, done);
+    return leave(queue, &guard, code);
+}
+
+/* Chains that came before the one that broke the ring are handed out; the code follows with the next call. */
+int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max)
+{
+    volatile uint32_t done = 0;
+    int code = pop_guarded(queue, chains, max, &done);
+    uint32_t count = done;
+    if (count)
+        atomic_fetch_add_explicit(&queue->out, count, memory_order_relaxed);
+    return count ? (int)count : code;
+}
+
+static int push_guarded(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
+{
+    struct vu_guard guard;
+    ENTER(queue, guard);
+    return leave(queue, &guard, vu_split_push(queue, chains, lengths, count));
+}
+
+int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
+{
+    if (!count)
+        return atomic_load(&queue->broken);
+    int code = push_guarded(queue, chains, lengths, count);
+    for (uint32_t i = 0; i < count; i++)
+        release(queue, chains[i]);
+    atomic_fetch_sub_explicit(&queue->out, count, memory_order_relaxed);
+    return code;
+}
+
+int vu_queue_arm(vu_queue *queue)
+{
+    struct vu_guard guard;
+    ENTER(queue, guard);
+    int code = queue->started ? 0 : vu_split_start(queue);
+    return leave(queue, &guard, code ? code : vu_split_arm(queue));
+}
+
+int vu_queue_disarm(vu_queue *queue)
+{
+    struct vu_guard guard;
+    ENTER(queue, guard);
+    return leave(queue, &guard, vu_split_disarm(queue));
+}
+
+static int wants_call(vu_queue *queue)
+{
+    struct vu_guard guard;
+    ENTER(queue, guard);
+    return leave(queue, &guard, vu_split_wants_call(queue));
+}
+
+/* ---- calls --------------------------------------------------------------------------------------------- */
+
+void vu_queue_set_call(vu_queue *queue, int fd)
+{
+    atomic_store(&queue->call, fd);
+}
+
+void vu_queue_force_signal(vu_queue *queue)
+{
+    atomic_store(&queue->forced, true);
+}
+
+int vu_queue_signal(vu_queue *queue)
+{
+    int wanted = wants_call(queue);
+    if (wanted < 0)
+        return wanted;
+    if (!wanted && !atomic_load_explicit(&queue->forced, memory_order_relaxed))
+        return 0;
+    int call = atomic_load(&queue->call);
+    if (call < 0)
+        return 0; /* a forced signal waits for the descriptor */
+    atomic_store(&queue->forced, false);
+    uint64_t one = 1;
+    /* EAGAIN: the counter is full, so the driver has been told often enough. */
+    if (write(call, &one, sizeof one) < 0 && errno != EAGAIN)
+        return VU_E_SYS;
+    return 1;
+}
+
+/* ---- copies -------------------------------------------------------------------------------------------- */
+
+static void copy_segments(const vu_segment *segment, uint64_t offset, uint8_t *bytes, uint64_t length, bool to_guest)
+{
+    for (; offset >= segment->length; segment++)
+        offset -= segment->length;
+    while (length) {
+        uint64_t run = segment->length - offset;
+        run = run < length ? run : length;
+        memcpy(to_guest ? segment->host + offset : bytes, to_guest ? bytes : segment->host + offset, run);
+        bytes += run;
+        length -= run;
+        offset = 0;
+        segment++;
+    }
+}
+
+static int64_t copy_guarded(vu_queue *queue, const vu_segment *segments, uint64_t offset, void *bytes, uint64_t length,
+                            bool to_guest)
+{
+    struct vu_guard guard;
+    if (VU_GUARD(&guard, queue->map))
+        return VU_E_FAULT;
+    copy_segments(segments, offset, bytes, length, to_guest);
+    vu_guard_leave(&guard);
+    return (int64_t)length;
+}
+
+static uint64_t bounded(uint64_t total, uint64_t offset, uint64_t length)
+{
+    uint64_t left = offset < total ? total - offset : 0;
+    return length < left ? length : left;
+}
+
+int64_t vu_chain_read(vu_queue *queue, vu_chain *chain, uint64_t offset, void *to, uint64_t length)
+{
+    length = bounded(chain->readable, offset, length);
+    return length ? copy_guarded(queue, chain->segments, offset, to, length, false) : 0;
+}
+
+int64_t vu_chain_write(vu_queue *queue, vu_chain *chain, uint64_t offset, const void *from, uint64_t length)
+{
+    length = bounded(chain->writable, offset, length);
+    if (!length)
+        return 0;
+    /* Before the copy: when a page is lost halfway, what was written so far is dirty all the same. */
+    if (offset + length > chain->written)
+        chain->written = offset + length;
+    return copy_guarded(queue, chain->segments + chain->readable_count, offset, (void *)from, length, true);
+}
+
+int vu_chain_log(vu_queue *queue, const vu_chain *chain, uint64_t length)
+{
+    uint64_t left = length > chain->written ? length : chain->written;
+    left = left < chain->writable ? left : chain->writable;
+    for (const vu_segment *segment = chain->segments + chain->readable_count; left; segment++) {
+        uint64_t run = segment->length < left ? segment->length : left;
+        int code = vu_log_set(queue->log, segment->guest, run);
+        if (code)
+            return code;
+        left -= run;
+    }
+    return 0;
+}
