@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import LabError
-from .process import Process
+from vhostuser.tools.lab.errors import LabError
+from vhostuser.tools.lab.process import Process
 
 STATE_PREFIX = "vhostuser-state: "
 
@@ -26,7 +26,7 @@ def vhostuser_blk(socket: Path, image: Path, options: Sequence[str] = ()) -> lis
 
 
 def storage_daemon(socket: Path, image: Path, options: Sequence[str] = ()) -> list[str]:
-    """The command line of QEMU's own back-end; `options` are added to its export's."""
+    """The command line of QEMU's own back-end; ``options`` are added to its export's."""
     export = f"vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on"
     return [
         "qemu-storage-daemon",
@@ -36,7 +36,7 @@ def storage_daemon(socket: Path, image: Path, options: Sequence[str] = ()) -> li
 
 
 class BackendProcess(Process):
-    """A back-end that listens on `socket`: an async context manager, entered when it listens."""
+    """A back-end that listens on ``socket``: an async context manager, entered when it listens."""
 
     def __init__(self, name: str, command: Sequence[str], socket: Path) -> None:
         super().__init__(name, command)
@@ -67,7 +67,7 @@ class BackendProcess(Process):
 
 
 def _listening(socket: Path) -> bool:
-    """Whether somebody listens on `socket`, found without a connection, which a back-end would serve."""
+    """Whether somebody listens on ``socket``, found without a connection, which a back-end would serve."""
     accepting = 0x10000  # __SO_ACCEPTCON in the kernel's net/unix
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         fields = line.split(maxsplit=7)

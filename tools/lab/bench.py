@@ -11,21 +11,23 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from .backend import BackendProcess, CommandLine, vhostuser_blk
-from .guest import Guest
-from .image import GuestImage
-from .machine import Hardware, Machine
-from .process import Process
-from .trace import EVENTS
+from vhostuser.tools.lab.backend import BackendProcess, CommandLine, vhostuser_blk
+from vhostuser.tools.lab.guest import Guest
+from vhostuser.tools.lab.hugepages import hugepages
+from vhostuser.tools.lab.image import GuestImage
+from vhostuser.tools.lab.machine import Hardware, Machine
+from vhostuser.tools.lab.migration import Migration
+from vhostuser.tools.lab.process import Process
+from vhostuser.tools.lab.trace import EVENTS
 
 MIB = 1 << 20
 
 
 class Bench:
-    """An async context manager. What it made ends with it; `report()` says what everybody's last words were.
+    """An async context manager. What it made ends with it; ``report()`` says what everybody's last words were.
 
     The directory is a new one with a short name, since a Unix socket's path has at most 107 bytes; it is removed,
-    unless VHOSTUSER_KEEP is set in the environment or `keep` given.
+    unless VHOSTUSER_KEEP is set in the environment or ``keep`` given.
     """
 
     def __init__(self, image: GuestImage, *, keep: bool = False) -> None:
@@ -48,7 +50,7 @@ class Bench:
         await self._stack.aclose()
 
     def disk(self, mebibytes: int, seed: int = 1) -> Path:
-        """A new disk image full of bytes that only `seed` decides."""
+        """A new disk image full of bytes that only ``seed`` decides."""
         path = self.directory / f"{self._unique('disk')}.img"
         path.write_bytes(random.Random(seed).randbytes(mebibytes * MIB))
         return path
@@ -61,7 +63,7 @@ class Bench:
         command: CommandLine = vhostuser_blk,
         socket: Path | None = None,
     ) -> BackendProcess:
-        """A new back-end that serves `image`, on a new socket or on `socket`."""
+        """A new back-end that serves ``image``, on a new socket or on ``socket``."""
         name = self._unique("backend")
         socket = socket or self.directory / f"{name}.sock"
         backend = BackendProcess(name, command(socket, image, options), socket)
@@ -70,12 +72,32 @@ class Bench:
         return backend
 
     async def machine(self, hardware: Hardware, *backends: BackendProcess) -> Machine:
-        """A machine that boots the guest, with one disk for each of `backends`; returns before the guest has booted."""
+        """A machine with one disk for each of ``backends``, which boots the guest; returns before that has booted."""
         return await self._start(hardware, backends, incoming=False)
 
     async def destination(self, hardware: Hardware, *backends: BackendProcess) -> Machine:
         """A machine that waits for the guest to migrate to it."""
         return await self._start(hardware, backends, incoming=True)
+
+    def migration(
+        self,
+        source: Machine,
+        destination: Machine,
+        *,
+        capabilities: Sequence[str] = (),
+        bandwidth: int = 0,
+        postcopy_bandwidth: int = 0,
+    ) -> Migration:
+        """The migration of this bench's guest from ``source`` to ``destination``, not yet started."""
+        return Migration(
+            source,
+            destination,
+            self.guest,
+            self.directory,
+            capabilities=capabilities,
+            bandwidth=bandwidth,
+            postcopy_bandwidth=postcopy_bandwidth,
+        )
 
     def report(self) -> str:
         """The end of each log and the monitors' events, to be read after a failure."""
@@ -87,6 +109,8 @@ class Bench:
         return "\n".join(parts)
 
     async def _start(self, hardware: Hardware, backends: Sequence[BackendProcess], incoming: bool) -> Machine:
+        if hardware.hugepages:
+            self._stack.enter_context(hugepages(hardware.memory // 2))
         machine = Machine(
             self._unique("qemu"),
             self.directory,

@@ -1,7 +1,7 @@
 """Shell commands in a running guest, wherever it runs at the moment.
 
-The channel is the guest's second serial port. A line to the guest is `ID COMMAND .` with the command in
-base64; a line from it is `ID STATUS OUTPUT.`, in base64 too, or `ready BOOT` when it has booted. A migration takes
+The channel is the guest's second serial port. A line to the guest is ``ID COMMAND .`` with the command in
+base64; a line from it is ``ID STATUS OUTPUT.``, in base64 too, or ``ready BOOT`` when it has booted. A migration takes
 the guest away from one QEMU's port to another's in the middle of a line. Hence:
 
 * what the ports send is one stream: the source's bytes come first, since the destination's guest stands still
@@ -18,9 +18,9 @@ import base64
 import itertools
 from dataclasses import dataclass
 
-from .errors import LabError
-from .journal import Journal
-from .machine import Machine
+from vhostuser.tools.lab.errors import LabError
+from vhostuser.tools.lab.journal import Journal
+from vhostuser.tools.lab.machine import Machine
 
 
 class CommandFailed(LabError):
@@ -55,19 +55,19 @@ class Guest:
         self._fail_unanswered("the bench was taken down")
 
     def follow(self, machine: Machine) -> None:
-        """Talk to the guest through `machine`: at once, or from the moment on that an incoming migration runs there."""
+        """Talk to the guest through ``machine``: at once, or as soon as an incoming migration runs there."""
         for work in (self._listen(machine), self._take_over(machine)):
             self._tasks.add(asyncio.create_task(work))
 
     async def booted(self, boot: int = 1, within: float = 90) -> None:
-        """Wait until the guest has booted for the `boot`-th time."""
+        """Wait until the guest has booted for the ``boot``-th time."""
         await self._boots.find(lambda entry: True, f"boot number {boot}", start=boot - 1, within=within)
 
     async def run(self, command: str, within: float = 90) -> str:
         """The output (stdout and stderr, trailing newlines removed) of a shell command in the guest.
 
-        Several may run at a time. Raises `CommandFailed` if its status is not 0 or the guest reboots under it, and
-        `LabError` if it has no answer within `within` seconds.
+        Several may run at a time. Raises ``CommandFailed`` if its status is not 0 or the guest reboots under it, and
+        ``LabError`` if it has no answer within ``within`` seconds.
         """
         number = next(self._ids)
         line = b"%d %s .\n" % (number, base64.b64encode(command.encode()))
@@ -88,6 +88,10 @@ class Guest:
         # No answer comes: the guest is gone before the shell's status is.
         self._send(b"%d %s .\n" % (next(self._ids), base64.b64encode(b"reboot -f")))
         await self.booted(boots + 1)
+
+    async def flush_tlbs(self, cpus: int) -> None:
+        """Have every virtual CPU change its page table, upon which QEMU's TCG forgets all its translations."""
+        await self.run(f"for cpu in $(seq 0 {cpus - 1}); do taskset -c $cpu true && taskset -c $cpu true; done")
 
     def _send(self, line: bytes) -> None:
         if self._writer is None:

@@ -1,7 +1,7 @@
 """What the guest boots from: Debian's cloud kernel and an initramfs of a static busybox, a few modules and an agent.
 
 Everything is made on the spot and kept in a cache directory. What the guest is told to do once it runs
-belongs to `guest`, how QEMU is started to `machine`.
+belongs to ``guest``, how QEMU is started to ``machine``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import LabError
+from vhostuser.tools.lab.errors import LabError
 
 BUSYBOX = Path("/bin/busybox")
 
@@ -62,23 +62,23 @@ done
 
 @dataclass(frozen=True)
 class GuestImage:
-    """Kernel and initramfs, as QEMU's `-kernel` and `-initrd` take them."""
+    """Kernel and initramfs, as QEMU's ``-kernel`` and ``-initrd`` take them."""
 
     kernel: Path
     initramfs: Path
 
 
 def cache_directory() -> Path:
-    """`$VHOSTUSER_CACHE`, else `vhostuser` below the user's cache directory."""
+    """``$VHOSTUSER_CACHE``, else ``vhostuser`` below the user's cache directory."""
     if chosen := os.environ.get("VHOSTUSER_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vhostuser"
 
 
 def guest_image(cache: Path | None = None) -> GuestImage:
-    """The guest's kernel and initramfs from `cache`, made first if need be (a download of 27 MB, some seconds).
+    """The guest's kernel and initramfs from ``cache``, made first if need be (a download of 27 MB, some seconds).
 
-    Raises `LabError` if a command or a file that it takes is missing.
+    Raises ``LabError`` if a command or a file that it takes is missing.
     """
     cache = cache or cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def _module(root: Path, name: str) -> bytes:
 
 
 class _Archive:
-    """A cpio archive in the `newc` format, which the kernel unpacks into its root file system.
+    """A cpio archive in the ``newc`` format, which the kernel unpacks into its root file system.
 
     (Documentation/driver-api/early-userspace/buffer-format.rst in the kernel.)
     """

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from .errors import LabError
+from vhostuser.tools.lab.errors import LabError
 
 T = TypeVar("T")
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 class Journal(Generic[T]):
     """What a peer said, in order, until it went away.
 
-    `entries` may be read at any time. Belongs to one event loop.
+    ``entries`` may be read at any time. Belongs to one event loop.
     """
 
     def __init__(self, name: str) -> None:
@@ -34,9 +34,9 @@ class Journal(Generic[T]):
         self._changed.set()
 
     async def find(self, wanted: Callable[[T], bool], what: str, *, start: int = 0, within: float = 30) -> T:
-        """The first entry from index `start` on for which `wanted` holds, awaited for `within` seconds.
+        """The first entry from index ``start`` on for which ``wanted`` holds, awaited for ``within`` seconds.
 
-        Raises `LabError`, which calls the entry `what`, if the time is over or the journal closed.
+        Raises ``LabError``, which calls the entry ``what``, if the time is over or the journal closed.
         """
         try:
             async with asyncio.timeout(within):

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from qemu.qmp import QMPClient, QMPError
 
-from .errors import LabError
-from .image import GuestImage
-from .journal import Journal
-from .process import Process
-from .trace import TraceLine, read_trace
+from vhostuser.tools.lab.errors import LabError
+from vhostuser.tools.lab.image import GuestImage
+from vhostuser.tools.lab.journal import Journal
+from vhostuser.tools.lab.process import Process
+from vhostuser.tools.lab.trace import TraceLine, read_trace
 
 T = TypeVar("T")
 
@@ -47,14 +47,18 @@ class Hardware:
         return 2 << 20 if self.hugepages else 4096
 
     @property
-    def _kibibytes(self) -> int:
-        """The size of guest memory, not a multiple of 256 KiB where that can be helped.
+    def loses_writes(self) -> bool:
+        """Whether QEMU before 9.0 loses writes of a guest that runs under TCG while it migrates.
 
-        QEMU before 9.0 loses writes of a guest that runs under TCG while it migrates: from a block of such a size it
-        takes the dirty bits 64 at a time and leaves the virtual CPUs' TLBs as they are, so that the next write to those
-        pages goes unseen (cured by "physmem: Fix migration dirty bitmap coherency with TCG memory access"). From any
-        other it takes them page by page, and rightly.
+        From memory whose size is a multiple of 256 KiB it takes the dirty bits 64 at a time and leaves the virtual
+        CPUs' TLBs as they are, so that the next write to those pages goes unseen (cured by "physmem: Fix migration
+        dirty bitmap coherency with TCG memory access"). From any other it takes them page by page, and rightly.
         """
+        return self.hugepages
+
+    @property
+    def _kibibytes(self) -> int:
+        """The size of guest memory, not a multiple of 256 KiB where that can be helped (``loses_writes``)."""
         return self.memory * 1024 + (0 if self.hugepages else 8)
 
     def arguments(self, disks: Sequence[Path]) -> list[str]:
@@ -75,8 +79,8 @@ class Hardware:
 class Machine:
     """A QEMU process: an async context manager, entered when its monitor answers.
 
-    `directory` is the caller's; the sockets and logs in it begin with `name`. With `incoming` it waits for a migration.
-    `trace_events` are switched on and read by `trace()`.
+    ``directory`` is the caller's; the sockets and logs in it begin with ``name``. With ``incoming`` it waits for a
+    migration. ``trace_events`` are switched on and read by ``trace()``.
     """
 
     agent_reader: asyncio.StreamReader
@@ -159,7 +163,7 @@ class Machine:
             raise LabError(f"{self.name} answers {command}: {error}") from error
 
     async def event(self, name: str, within: float = 60, *, start: int = 0, **data: Any) -> Event:
-        """The first event of that name, from index `start` of `events` on, whose data contain `data`."""
+        """The first event of that name, from index ``start`` of ``events`` on, whose data contain ``data``."""
         return await self.events.find(
             lambda event: event["event"] == name and data.items() <= event.get("data", {}).items(),
             f"event {name} {data or ''}".rstrip(),
@@ -185,7 +189,7 @@ class Machine:
         return accepted
 
     async def _unless_ended(self, wanted: Coroutine[Any, Any, T], within: float = 30) -> T:
-        """What `wanted` returns, or `LabError` with QEMU's words if it ends first or takes longer."""
+        """What ``wanted`` returns, or ``LabError`` with QEMU's words if it ends first or takes longer."""
         task = asyncio.create_task(wanted)
         ended = asyncio.create_task(self.process.ended(within))
         try:

@@ -1,4 +1,4 @@
-"""A process's mappings of shared memory, from `/proc/PID/maps`, to compare addresses of two processes."""
+"""A process's mappings of shared memory, from ``/proc/PID/maps``, to compare addresses of two processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FilePlace:
 
 @dataclass(frozen=True)
 class Mapping:
-    """One line of `/proc/PID/maps`; `end` is exclusive, `place` the file's byte at `start`."""
+    """One line of ``/proc/PID/maps``; ``end`` is exclusive, ``place`` the file's byte at ``start``."""
 
     start: int
     end: int
@@ -31,7 +31,7 @@ def mappings(pid: int) -> list[Mapping]:
 
 
 def place_of(pid: int, address: int) -> FilePlace | None:
-    """Which byte of which file the process has at `address`, None if there is no mapping of a file."""
+    """Which byte of which file the process has at ``address``, None if there is no mapping of a file."""
     for mapping in mappings(pid):
         if mapping.start <= address < mapping.end and mapping.place.inode:
             place = mapping.place

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import LabError
-from .machine import Event, Machine
+from vhostuser.tools.lab.errors import LabError
+from vhostuser.tools.lab.guest import Guest
+from vhostuser.tools.lab.machine import Event, Machine
 
 #: The switch to postcopy waits until the first pass has moved this many bytes.
 FIRST_PASS = 4 << 20
@@ -30,10 +31,10 @@ class Span:
 
 
 class Migration:
-    """One migration from `source` to `destination`, which waits for it.
+    """One migration from ``source`` to ``destination``, which waits for it.
 
-    `bandwidth` and `postcopy_bandwidth` are in bytes per second, 0 for no limit; a limit keeps pages missing long
-    enough to be asked for. `capabilities` are QEMU's, postcopy-ram among them if `switch` is to be called.
+    ``bandwidth`` and ``postcopy_bandwidth`` are in bytes per second, 0 for no limit; a limit keeps pages missing long
+    enough to be asked for. ``capabilities`` are QEMU's, postcopy-ram among them if ``switch`` is to be called.
     """
 
     _numbers = itertools.count(1)
@@ -42,6 +43,7 @@ class Migration:
         self,
         source: Machine,
         destination: Machine,
+        guest: Guest,
         directory: Path,
         *,
         capabilities: Sequence[str] = (),
@@ -50,28 +52,39 @@ class Migration:
     ) -> None:
         self.source = source
         self.destination = destination
+        self._guest = guest
         self._directory = directory
         self._capabilities = ("events", *capabilities)
-        self._parameters = {
-            "max_bandwidth": bandwidth or 1 << 40,
-            "max_postcopy_bandwidth": postcopy_bandwidth,
-        }
+        self._bandwidth = bandwidth or 1 << 40
+        self._postcopy_bandwidth = postcopy_bandwidth
 
     async def start(self) -> None:
         """Set both sides up and start; returns when the source has begun to send."""
         switched_on = [{"capability": name, "state": True} for name in self._capabilities]
         for machine in (self.source, self.destination):
             await machine.execute("migrate-set-capabilities", capabilities=switched_on)
-        await self.source.execute("migrate-set-parameters", **self._parameters)
+        careful = self.source.hardware.loses_writes
+        await self.source.execute(
+            "migrate-set-parameters",
+            max_bandwidth=1 if careful else self._bandwidth,
+            max_postcopy_bandwidth=self._postcopy_bandwidth,
+        )
         uri = self._uri()
         await self.destination.execute("migrate-incoming", uri=uri)
         await self.source.execute("migrate", uri=uri)
         await self.source_status("active")
+        if careful:
+            # The first look at the dirty bits was the set-up's. While next to nothing is sent, the TLBs are made new.
+            await self._guest.flush_tlbs(self.source.hardware.cpus)
+            await self.source.execute("migrate-set-parameters", max_bandwidth=self._bandwidth)
 
     async def switch(self, after: int = FIRST_PASS) -> None:
-        """Start postcopy, once the first pass has moved `after` bytes; returns when the source says postcopy-active."""
+        """Start postcopy, once ``after`` bytes have been moved; returns when the source says postcopy-active."""
         while (await self.progress())["ram"]["transferred"] < after:  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0.05)
+        passes = (await self.progress())["ram"]["dirty-sync-count"]
+        if self.source.hardware.loses_writes and passes > 1:
+            raise LabError(f"postcopy would start in pass {passes}, when QEMU has lost writes: use a lower bandwidth")
         await self.source.execute("migrate-start-postcopy")
         await self.source_status("postcopy-active")
 
@@ -82,7 +95,7 @@ class Migration:
         await self.destination_status("postcopy-paused")
 
     async def recover(self) -> None:
-        """Connect again after `pause`; returns when postcopy goes on."""
+        """Connect again after ``pause``; returns when postcopy goes on."""
         seen = len(self.source.events.entries)
         uri = self._uri()
         await self.destination.execute("migrate-recover", uri=uri)
@@ -90,7 +103,7 @@ class Migration:
         await self.source.event("MIGRATION", start=seen, status="postcopy-active")
 
     async def completed(self, within: float = 120) -> None:
-        """Wait until both sides say completed; `LabError` if either fails or takes longer."""
+        """Wait until both sides say completed; ``LabError`` if either fails or takes longer."""
         await self.source_status("completed", within)
         await self.destination_status("completed", within)
 
@@ -100,11 +113,11 @@ class Migration:
         return answer
 
     async def source_status(self, status: str, within: float = 60) -> Event:
-        """The source's first event that says `status`."""
+        """The source's first event that says ``status``."""
         return await self._status(self.source, status, within)
 
     async def destination_status(self, status: str, within: float = 60) -> Event:
-        """The destination's first event that says `status`."""
+        """The destination's first event that says ``status``."""
         return await self._status(self.destination, status, within)
 
     async def postcopy_span(self) -> Span:

@@ -6,8 +6,8 @@ import asyncio
 import signal
 from collections.abc import Sequence
 
-from .errors import LabError
-from .journal import Journal
+from vhostuser.tools.lab.errors import LabError
+from vhostuser.tools.lab.journal import Journal
 
 LINE_LIMIT = 1 << 20
 
@@ -15,7 +15,7 @@ LINE_LIMIT = 1 << 20
 class Process:
     """One child: an async context manager that has killed it when it is left.
 
-    The kernel kills it when we die, by whatever cause. `output` holds the lines of its stdout and stderr.
+    The kernel kills it when we die, by whatever cause. ``output`` holds the lines of its stdout and stderr.
     """
 
     def __init__(self, name: str, command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> None:
@@ -62,7 +62,7 @@ class Process:
         self.send(signal.SIGKILL)
 
     async def ended(self, within: float = 10) -> int:
-        """Its exit status (negative: the signal) within `within` seconds, else `LabError`."""
+        """Its exit status (negative: the signal) within ``within`` seconds, else ``LabError``."""
         try:
             async with asyncio.timeout(within):
                 status = await self._process.wait()
@@ -72,7 +72,7 @@ class Process:
         return status
 
     async def stop(self, within: float = 10) -> int:
-        """SIGTERM; its exit status within `within` seconds, else `LabError`."""
+        """SIGTERM; its exit status within ``within`` seconds, else ``LabError``."""
         self.send(signal.SIGTERM)
         return await self.ended(within)
 

@@ -1,6 +1,6 @@
 """QEMU's own account, by its trace events, of the faults that it served for a back-end during postcopy.
 
-The lines are those of QEMU's `log` trace back-end under `-msg timestamp=on`: `PID@SECONDS:EVENT ARGUMENTS`.
+The lines are those of QEMU's ``log`` trace back-end under ``-msg timestamp=on``: ``PID@SECONDS:EVENT ARGUMENTS``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BASE = re.compile(r"client:(0x[0-9a-f]+) for hva: (0x[0-9a-f]+)")
 
 @dataclass(frozen=True)
 class TraceLine:
-    """One event; `time` is in seconds since the epoch."""
+    """One event; ``time`` is in seconds since the epoch."""
 
     time: float
     event: str
@@ -29,7 +29,7 @@ class TraceLine:
 
 @dataclass(frozen=True)
 class Base:
-    """Where the back-end said that it has what QEMU has at `hva`."""
+    """Where the back-end said that it has what QEMU has at ``hva``."""
 
     client: int
     hva: int
@@ -48,5 +48,5 @@ def bases(trace: list[TraceLine]) -> list[Base]:
 
 
 def faults(trace: list[TraceLine], begin: float = 0, end: float = float("inf")) -> int:
-    """How many faults of the back-end QEMU took up from `begin` to `end`, in seconds since the epoch."""
+    """How many faults of the back-end QEMU took up from ``begin`` to ``end``, in seconds since the epoch."""
     return sum(line.event == FAULT and begin <= line.time <= end for line in trace)

@@ -1,0 +1,33 @@
+"""Enough free 2 MiB pages for the machines of a bench, given back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vhostuser.tools.lab.errors import LabError
+
+POOL = Path("/proc/sys/vm/nr_hugepages")
+
+
+@contextlib.contextmanager
+def hugepages(count: int) -> Iterator[None]:
+    """At least ``count`` free pages of 2 MiB while the context lasts; ``LabError`` with the cure where that fails."""
+    before = int(POOL.read_text())
+    wanted = before + max(0, count - _free())
+    with contextlib.suppress(PermissionError):
+        POOL.write_text(f"{wanted}\n")
+    try:
+        if (free := _free()) < count:
+            raise LabError(f"{count} free pages of 2 MiB are needed, there are {free}: as root, echo {wanted} >{POOL}")
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):
+            POOL.write_text(f"{before}\n")
+
+
+def _free() -> int:
+    match = re.search(r"^HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(match[1]) if match else 0
