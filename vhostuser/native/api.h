@@ -155,6 +155,15 @@ void vu_queue_force_signal(vu_queue *queue);
 int64_t vu_chain_read(vu_queue *queue, vu_chain *chain, uint64_t offset, void *to, uint64_t length);
 int64_t vu_chain_write(vu_queue *queue, vu_chain *chain, uint64_t offset, const void *from, uint64_t length);
 
+/* What a device in Python looks at first, for a whole batch in one call. */
+#define VU_PEEK 32
+struct vu_peek {
+    uint64_t readable, writable; /* bytes, as in the chain */
+    uint64_t length;             /* how many of the first readable bytes are in `bytes`: all, VU_PEEK, or none */
+    uint8_t bytes[32];           /* none while the queue has a touch pool: their page may be missing */
+};
+void vu_chain_peek(vu_queue *queue, vu_chain *const *chains, uint32_t count, struct vu_peek *peeks); /* [touches] */
+
 /* In-flight region (split): bytes for that many queues; all zero is a fresh one. The caller keeps fd. */
 uint64_t vu_inflight_size(uint32_t queues, uint32_t queue_size);
 vu_inflight *vu_inflight_map(int fd, uint64_t size, uint64_t offset, uint32_t queues, uint32_t queue_size, int *error);

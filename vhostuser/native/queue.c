@@ -365,6 +365,32 @@ int64_t vu_chain_write(vu_queue *queue, vu_chain *chain, uint64_t offset, const 
     return copy_guarded(queue, chain->segments + chain->readable_count, offset, (void *)from, length, true);
 }
 
+/* A page that is lost ends it; who reads the chain itself is told. */
+static void peek_guarded(vu_queue *queue, vu_chain *const *chains, uint32_t count, struct vu_peek *peeks)
+{
+    struct vu_guard guard;
+    if (VU_GUARD(&guard, queue->map))
+        return;
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t length = bounded(chains[i]->readable, 0, VU_PEEK);
+        if (length)
+            copy_segments(chains[i]->segments, 0, peeks[i].bytes, length, false);
+        peeks[i].length = length;
+    }
+    vu_guard_leave(&guard);
+}
+
+void vu_chain_peek(vu_queue *queue, vu_chain *const *chains, uint32_t count, struct vu_peek *peeks)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        peeks[i].readable = chains[i]->readable;
+        peeks[i].writable = chains[i]->writable;
+        peeks[i].length = 0;
+    }
+    if (!queue->touch)
+        peek_guarded(queue, chains, count, peeks);
+}
+
 int vu_chain_log(vu_queue *queue, const vu_chain *chain, uint64_t length)
 {
     uint64_t left = length > chain->written ? length : chain->written;
