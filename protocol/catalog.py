@@ -68,8 +68,8 @@ class Refusal(NamedTuple):
     words: str
     make: Callable[[Payload], Payload]
     """From the request, the reply that refuses it."""
-    told: Callable[[Payload, int], bool]
-    """Does this reply, with so many descriptors, refuse?"""
+    told: Callable[[Payload, Payload, int], bool]
+    """Of a request, its reply and the number of descriptors with that: was it refused?"""
 
 
 class Variant(NamedTuple):
@@ -124,27 +124,29 @@ class Row:
         return replace(self, variants=(*self.variants, Variant(when, variant)))
 
 
-_STATUS: Final = Refusal("non-zero u64", lambda _: U64(1), lambda reply, _: reply != U64(0))
+_STATUS: Final = Refusal("non-zero u64", lambda _: U64(1), lambda _, reply, fds: reply != U64(0))
 # By the text zero length. rust-vmm says no with the twelve bytes in front of the data alone.
 _EMPTY: Final = Refusal(
-    "empty reply", lambda _: Empty(), lambda reply, _: isinstance(reply, Empty) or cast(Config, reply).size == 0
+    "empty reply",
+    lambda _: Empty(),
+    lambda request, reply, _: isinstance(reply, Empty) or cast(Config, reply).size == 0 != cast(Config, request).size,
 )
 # QEMU takes the reply to ADVISE for a failure when no descriptor came, and the migration fails in good order.
-_NO_FD: Final = Refusal("reply without descriptor", lambda _: Empty(), lambda _, fds: not fds)
+_NO_FD: Final = Refusal("reply without descriptor", lambda _: Empty(), lambda _, reply, fds: not fds)
 _NO_BUFFER: Final = Refusal(
     "mmap size 0, no descriptor",
     lambda request: replace(cast(Inflight, request), mmap_size=0, mmap_offset=0),
-    lambda reply, _: cast(Inflight, reply).mmap_size == 0,
+    lambda _, reply, fds: cast(Inflight, reply).mmap_size == 0,
 )
 _NO_SESSION: Final = Refusal(
     "session id -1",
     lambda request: replace(cast(CryptoSession, request), session_id=-1),
-    lambda reply, _: cast(CryptoSession, reply).session_id < 0,
+    lambda _, reply, fds: cast(CryptoSession, reply).session_id < 0,
 )
 _NO_TRANSFER: Final = Refusal(
     "error 1, no descriptor",
     lambda _: DeviceStateReply(1),
-    lambda reply, _: cast(DeviceStateReply, reply).error != 0,
+    lambda _, reply, fds: cast(DeviceStateReply, reply).error != 0,
 )
 
 _OK: Final = U64(0)
@@ -152,6 +154,7 @@ _STATE: Final = (VringState,)
 _QUEUE: Final = (rules.queue_exists,)
 _NET: Final = "for network devices"
 _NOT_OFFERED: Final = "its feature is not offered"
+_NOT_SENT: Final = "our back-end has no use for it"
 
 
 def _offered(*features: P | V) -> Gate:
@@ -170,7 +173,12 @@ def _frontend_rows() -> Iterator[Row]:
     yield Row(code=F.RESET_OWNER, silent=True, note="disables all rings and changes nothing else")
     yield (
         Row(code=F.SET_MEM_TABLE, request=(MemoryTable,), fds=(0, 8), note="one descriptor per region")
-        .when(When.POSTCOPY, reply=(MemoryTable,), note="the reply holds the back-end's addresses")
+        .when(
+            When.POSTCOPY,
+            reply=(MemoryTable,),
+            rules=(rules.some_region,),
+            note="the reply holds the back-end's addresses",
+        )
         .when(When.XEN_MMAP, request=(XenMemoryTable,), unserved=_NOT_OFFERED)
     )
     # The text gives the LOG_SHMFD reply no payload and peers differ (0, 8, 16 bytes; stale content). A front-end that
@@ -272,7 +280,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
     )
     yield Row(code=F.SET_INFLIGHT_FD, request=(Inflight,), fds=(1, 1), gate=_negotiated(P.INFLIGHT_SHMFD))
     yield Row(code=F.GPU_SET_SOCKET, fds=(1, 1), unserved="for graphics devices")
-    yield Row(code=F.RESET_DEVICE, gate=_offered(P.RESET_DEVICE))
+    yield Row(code=F.RESET_DEVICE, gate=_offered(P.RESET_DEVICE), unserved=_NOT_OFFERED)
     yield Row(
         code=F.VRING_KICK,
         request=_STATE,
@@ -291,19 +299,25 @@ def _frontend_extension_rows() -> Iterator[Row]:
         request=(SingleRegion,),
         fds=(0, 1),
         gate=_negotiated(P.CONFIGURE_MEM_SLOTS),
-        note="guest, user and size name the region; a descriptor is closed unused",
+        note="guest, user and size name the region; a descriptor is closed unused; in postcopy too QEMU reads no reply",
     ).when(When.XEN_MMAP, request=(XenSingleRegion,), unserved=_NOT_OFFERED)
-    yield Row(code=F.SET_STATUS, request=(U64,), gate=_negotiated(P.STATUS), rules=(rules.status_byte,), silent=True)
-    yield Row(code=F.GET_STATUS, reply=(U64,), gate=_negotiated(P.STATUS))
+    yield Row(
+        code=F.SET_STATUS,
+        request=(U64,),
+        gate=_negotiated(P.STATUS),
+        rules=(rules.status_byte,),
+        silent=True,
+        unserved=_NOT_OFFERED,
+    )
+    yield Row(code=F.GET_STATUS, reply=(U64,), gate=_negotiated(P.STATUS), unserved=_NOT_OFFERED)
     # QEMU sends no UUID at all (it never sets the size), and nobody agrees on the reply's payload: the descriptor is
     # it.
     yield Row(
         code=F.GET_SHARED_OBJECT,
         request=(Uuid, Empty),
         reply=(Empty, U64, Uuid),
-        reply_fds=(0, 1),
+        reply_fds=(1, 1),
         gate=_negotiated(P.SHARED_OBJECT),
-        done=Empty(),
         refusal=_NO_FD,
         unserved=_NOT_OFFERED,
     )
@@ -341,7 +355,9 @@ def _backend_rows() -> Iterator[Row]:
     iotlb = _negotiated(V.ACCESS_PLATFORM)
     shared = _negotiated(P.SHARED_OBJECT)
     inband = _negotiated(P.INBAND_NOTIFICATIONS)
-    yield Row(code=B.IOTLB_MSG, request=(Iotlb,), gate=iotlb, rules=(rules.backend_iotlb,), silent=True)
+    yield Row(
+        code=B.IOTLB_MSG, request=(Iotlb,), gate=iotlb, rules=(rules.backend_iotlb,), silent=True, unserved=_NOT_SENT
+    )
     yield Row(code=B.CONFIG_CHANGE_MSG, gate=_negotiated(P.CONFIG), silent=True)
     yield Row(
         code=B.VRING_HOST_NOTIFIER_MSG,
@@ -350,16 +366,25 @@ def _backend_rows() -> Iterator[Row]:
         gate=_negotiated(P.HOST_NOTIFIER),
         rules=(*_QUEUE, rules.may_send_fd),
         silent=True,
+        unserved=_NOT_SENT,
     )
-    yield Row(code=B.VRING_CALL, request=_STATE, gate=inband, rules=_QUEUE, silent=True)
-    yield Row(code=B.VRING_ERR, request=_STATE, gate=inband, rules=_QUEUE, silent=True)
-    yield Row(code=B.SHARED_OBJECT_ADD, request=(Uuid,), gate=shared, silent=True)
-    yield Row(code=B.SHARED_OBJECT_REMOVE, request=(Uuid,), gate=shared, silent=True)
+    yield Row(code=B.VRING_CALL, request=_STATE, gate=inband, rules=_QUEUE, silent=True, unserved=_NOT_SENT)
+    yield Row(code=B.VRING_ERR, request=_STATE, gate=inband, rules=_QUEUE, silent=True, unserved=_NOT_SENT)
+    yield Row(code=B.SHARED_OBJECT_ADD, request=(Uuid,), gate=shared, silent=True, unserved=_NOT_SENT)
+    yield Row(code=B.SHARED_OBJECT_REMOVE, request=(Uuid,), gate=shared, silent=True, unserved=_NOT_SENT)
     yield Row(
-        code=B.SHARED_OBJECT_LOOKUP, request=(Uuid,), reply=(U64,), reply_fds=(1, 1), gate=shared, refusal=_STATUS
+        code=B.SHARED_OBJECT_LOOKUP,
+        request=(Uuid,),
+        reply=(U64,),
+        reply_fds=(1, 1),
+        gate=shared,
+        refusal=_STATUS,
+        unserved=_NOT_SENT,
     )
-    yield Row(code=B.SHMEM_MAP, request=(MmapMsg,), fds=(1, 1), gate=_negotiated(P.SHMEM), silent=True)
-    yield Row(code=B.SHMEM_UNMAP, request=(MmapMsg,), gate=_negotiated(P.SHMEM), silent=True)
+    yield Row(
+        code=B.SHMEM_MAP, request=(MmapMsg,), fds=(1, 1), gate=_negotiated(P.SHMEM), silent=True, unserved=_NOT_SENT
+    )
+    yield Row(code=B.SHMEM_UNMAP, request=(MmapMsg,), gate=_negotiated(P.SHMEM), silent=True, unserved=_NOT_SENT)
 
 
 def _index(*rows: Iterable[Row]) -> dict[int, Row]:
@@ -371,3 +396,78 @@ FRONTEND: Final[Mapping[int, Row]] = _index(_frontend_rows(), _frontend_extensio
 
 BACKEND: Final[Mapping[int, Row]] = _index(_backend_rows())
 """Requests of the back-end by wire id, on the channel that SET_BACKEND_REQ_FD gave it."""
+
+
+def table() -> str:
+    """The catalog as Markdown: docs/messages.md, which a test keeps equal to this."""
+    sections = [
+        _TABLE_HEAD,
+        _section("Requests of the front-end", FRONTEND.values()),
+        _section("Requests of the back-end", BACKEND.values()),
+        _features(),
+    ]
+    return "\n".join(sections)
+
+
+_TABLE_HEAD: Final = """\
+# Messages
+
+Generated from the catalog in `protocol/catalog.py`; edit that, not this.
+
+Sizes are bytes of the payload, after the header of twelve. *Descriptors* are those in the ancillary data. A message
+without a reply of its own is acknowledged by a u64 (0 done, anything else refused) where its sender set need_reply
+and REPLY_ACK was negotiated. *Needs*: a feature in brackets need only be offered, the others must be negotiated.
+
+*Refused* says how a request that is well-formed and cannot be fulfilled is turned down. "nack" is the acknowledgement
+with a value other than 0; where none was asked for, the connection is closed ("or close"), or, if nothing depends on
+the message, nothing is sent ("or silence"). Requests that are malformed, unknown or lack their feature always close
+the connection; the last two send a nack first, where one was asked for.
+"""
+
+
+def _section(title: str, rows: Iterable[Row]) -> str:
+    head = "| id | message | payload | descriptors | reply | needs | refused | served | notes |"
+    lines = [f"## {title}", "", head, "|---" * head.count(" |") + "|"]
+    for row in sorted(rows, key=lambda row: row.code or 255):
+        lines.append(_line(row, str(row.code or "5, 37, 38, 0"), f"{row.code.name}: {row.code.note}"))
+        lines += [_line(variant.row, "", f"... {variant.when.value}") for variant in row.variants]
+    return "\n".join([*lines, ""])
+
+
+def _line(row: Row, number: str, name: str) -> str:
+    needs = ", ".join(f"({f.name})" if row.gate.offered else f.name for f in row.gate.features)
+    nack = "nack, or silence" if row.silent else "nack, or close"
+    cells = (
+        number,
+        name,
+        _kinds(row.request),
+        _span(row.fds),
+        f"{_kinds(row.reply)}, descriptors {_span(row.reply_fds)}" if row.reply else "",
+        needs,
+        row.refusal.words if row.refusal else "close" if row.reply else nack,
+        f"no: {row.unserved}" if row.unserved else "yes",
+        row.note,
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _kinds(kinds: tuple[type[Payload], ...]) -> str:
+    return " or ".join(f"{kind.__name__} {size_words(kind.sizes)}" for kind in kinds)
+
+
+def _span(bounds: tuple[int, int]) -> str:
+    least, most = bounds
+    return str(most) if least == most else f"{least} to {most}"
+
+
+def size_words(sizes: range) -> str:
+    """A payload's sizes in words: "8", "12 to 268", "8 to 264 in steps of 32"."""
+    if len(sizes) == 1:
+        return str(sizes[0])
+    return f"{sizes[0]} to {sizes[-1]}" + (f" in steps of {sizes.step}" if sizes.step > 1 else "")
+
+
+def _features() -> str:
+    lines = ["## Protocol features", "", "| bit | name | meaning |", "|---|---|---|"]
+    lines += [f"| {int(feature)} | {feature.name} | {feature.note} |" for feature in P]
+    return "\n".join([*lines, ""])

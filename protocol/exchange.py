@@ -21,10 +21,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vhostuser.protocol.catalog import Row
+from vhostuser.protocol.catalog import Row, size_words
 from vhostuser.protocol.codec import HEADER_SIZE, Frame, Header, Reader, encode
 from vhostuser.protocol.codes import NEED_REPLY, REPLY, VERSION, BackendRequest, FrontendRequest, ProtocolFeature
-from vhostuser.protocol.errors import LocalProtocolError, RemoteProtocolError, RequestRefused
+from vhostuser.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError, RequestRefused
 from vhostuser.protocol.payloads import U64, Empty, Payload
 from vhostuser.protocol.postcopy import Effect
 from vhostuser.protocol.state import State
@@ -115,11 +115,12 @@ class Server:
             return self._refuse(request, refusal)
         assert not isinstance(outcome, RequestRefused)
         answer = self._answer(request, outcome)
+        # A SET_PROTOCOL_FEATURES that asks for an ack gets it if REPLY_ACK held before it or holds from now on.
+        acks = self._acks(request.need_reply)
         self._state.apply(request.code, request.payload)
         self._current = None
-        # After apply(): the SET_PROTOCOL_FEATURES that brings REPLY_ACK may ask for its own ack.
-        if not request.row.reply and self._acks(request.need_reply):
-            answer = _send(request.code, Reply(_ACK))
+        if not request.row.reply and (acks or self._acks(request.need_reply)):
+            return _send(request.code, Reply(_ACK))
         return answer
 
     # Receiving
@@ -129,9 +130,9 @@ class Server:
         header.check_request()
         row = self._find(header, fds)
         if row is None:
-            raise self._unusable(header, "unknown request")
+            raise self._unusable(header, header.request, "unknown request")
         if missing := self._state.missing(row.gate):
-            raise self._unusable(header, missing)
+            raise self._unusable(header, row.code, missing, row.clause)
         row = self._state.row(row)
         _check_size(row, header.size, row.request)
         _check_fds(row, fds, row.fds)
@@ -140,17 +141,15 @@ class Server:
     def _find(self, header: Header, fds: int) -> Row | None:
         return self._rows.get(header.request)
 
-    def _unusable(self, header: Header, reason: str) -> RemoteProtocolError:
-        row = self._rows.get(header.request)
+    def _unusable(self, header: Header, code: int, reason: str, clause: str = "") -> RemoteProtocolError:
         nack = encode(header.request, VERSION | REPLY, _NACK) if self._acks(header.need_reply) else b""
-        return RemoteProtocolError(
-            row.code if row else header.request, reason, clause=row.clause if row else "", answer=nack
-        )
+        return RemoteProtocolError(code, reason, clause=clause, answer=nack)
 
     def _open(self, frame: Frame) -> Request:
         row = self._row
         assert row is not None
         payload = _unpack(row, row.request, frame)
+        _check_fds(row, len(frame.fds), _fd_bounds(payload, row.fds))
         objection = next((why for rule in row.rules if (why := rule(self._state, payload))), "")
         return Request(
             code=row.code,
@@ -212,9 +211,9 @@ def _check_reply(request: Request, reply: Reply) -> None:
         size, asked = (len(encode(row.code, 0, payload)) - HEADER_SIZE for payload in (reply.payload, request.payload))
         if size != asked:
             raise LocalProtocolError(row.code, f"reply of {size} bytes, expected {asked} as asked", clause=row.clause)
-    if row.refusal and row.refusal.told(reply.payload, len(reply.fds)):
+    if row.refusal and row.refusal.told(request.payload, reply.payload, len(reply.fds)):
         raise LocalProtocolError(row.code, f"{reply.payload} refuses; give finish() a RequestRefused instead")
-    _check_own_fds(row, reply.payload, reply.fds, row.reply_fds)
+    _check_fds(row, len(reply.fds), _fd_bounds(reply.payload, row.reply_fds), LocalProtocolError)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -299,7 +298,7 @@ class Client:
         row = self._state.row(row)
         if type(payload) is not row.request[0]:
             raise LocalProtocolError(code, f"payload {type(payload).__name__}, expected {row.request[0].__name__}")
-        _check_own_fds(row, payload, fds, row.fds)
+        _check_fds(row, len(fds), _fd_bounds(payload, row.fds), LocalProtocolError)
         for rule in row.rules:
             if why := rule(self._state, payload):
                 raise LocalProtocolError(code, why, clause=row.clause)
@@ -323,8 +322,8 @@ class Client:
         sent = self._sent[0]
         row, fds = sent.row, len(frame.fds)
         payload = _unpack(row, _expected(row), frame)
-        refused = _refuses(row, payload, fds)
-        _check_fds(row, fds, (0, 0) if refused else row.reply_fds)
+        refused = _refuses(sent, payload, fds)
+        _check_fds(row, fds, (0, 0) if refused else _fd_bounds(payload, row.reply_fds))
         if not refused:
             self._check_echo(sent, payload)
             self._settle(row.code, sent.payload)
@@ -344,10 +343,10 @@ class Client:
         self._state.apply(code, payload)
 
 
-def _refuses(row: Row, payload: Payload, fds: int) -> bool:
-    if row.refusal:
-        return row.refusal.told(payload, fds)
-    return not row.reply and isinstance(payload, U64) and payload != _ACK
+def _refuses(sent: _Sent, payload: Payload, fds: int) -> bool:
+    if sent.row.refusal:
+        return sent.row.refusal.told(sent.payload, payload, fds)
+    return not sent.row.reply and isinstance(payload, U64) and payload != _ACK
 
 
 def _expected(row: Row) -> tuple[type[Payload], ...]:
@@ -361,36 +360,24 @@ def _unpack(row: Row, kinds: tuple[type[Payload], ...], frame: Frame) -> Payload
         payload = kind.unpack(frame.body)
     except ValueError as error:
         raise RemoteProtocolError(row.code, str(error), clause=row.clause) from None
-    count = payload.fd_count()
-    if count is not None and count != len(frame.fds):
-        raise RemoteProtocolError(
-            row.code, f"{len(frame.fds)} descriptors, {kind.__name__} calls for {count}", clause=row.clause
-        )
     return payload
 
 
 def _check_size(row: Row, size: int, kinds: tuple[type[Payload], ...]) -> None:
     if any(size in kind.sizes for kind in kinds):
         return
-    expected = " or ".join(_sizes(kind.sizes) for kind in kinds)
+    expected = " or ".join(size_words(kind.sizes) for kind in kinds)
     raise RemoteProtocolError(row.code, f"payload of {size} bytes, expected {expected}", clause=row.clause)
 
 
-def _sizes(sizes: range) -> str:
-    if len(sizes) == 1:
-        return str(sizes[0])
-    return f"{sizes[0]} to {sizes[-1]}" + (f" in steps of {sizes.step}" if sizes.step > 1 else "")
+def _fd_bounds(payload: Payload, bounds: tuple[int, int]) -> tuple[int, int]:
+    """Where the row leaves a choice the content decides. A memory table sent back as a reply has none."""
+    count = payload.fd_count()
+    return bounds if count is None or bounds[0] == bounds[1] else (count, count)
 
 
-def _check_fds(row: Row, count: int, bounds: tuple[int, int]) -> None:
+def _check_fds(row: Row, count: int, bounds: tuple[int, int], error: type[ProtocolError] = RemoteProtocolError) -> None:
     least, most = bounds
     if not least <= count <= most:
         expected = str(most) if least == most else f"{least} to {most}"
-        raise RemoteProtocolError(row.code, f"{count} descriptors, expected {expected}", clause=row.clause)
-
-
-def _check_own_fds(row: Row, payload: Payload, fds: Sequence[int], bounds: tuple[int, int]) -> None:
-    count = payload.fd_count()
-    least, most = bounds if count is None else (count, count)
-    if not least <= len(fds) <= most:
-        raise LocalProtocolError(row.code, f"{len(fds)} descriptors, expected {least} to {most}", clause=row.clause)
+        raise error(row.code, f"{count} descriptors, expected {expected}", clause=row.clause)

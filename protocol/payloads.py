@@ -53,7 +53,7 @@ class Payload:
         raise NotImplementedError
 
     def fd_count(self) -> int | None:
-        """How many descriptors this content calls for; None when the content does not say."""
+        """How many descriptors this content calls for, in a message where that varies; None if it does not say."""
         return None
 
 
@@ -307,14 +307,15 @@ class _Table(Payload):
     def pack(self) -> bytes:
         if len(self.regions) > MAX_REGIONS:
             raise ValueError(f"{len(self.regions)} regions, a table holds {MAX_REGIONS}; use ADD_MEM_REG")
-        return cast(bytes, self.layout.build({"num": len(self.regions), "regions": _plain(self.regions)}))
+        return _build(self.layout, self)
 
     def fd_count(self) -> int:
         return len(self.regions)
 
 
 def _table_layout(region: Any) -> Any:
-    return c.Struct("num" / c.Int32un, c.Padding(4), "regions" / c.GreedyRange(region), c.Terminated)
+    count = c.Rebuild(c.Int32un, c.len_(c.this.regions))
+    return c.Struct("num" / count, c.Padding(4), "regions" / c.GreedyRange(region), c.Terminated)
 
 
 @dataclass(frozen=True, slots=True)

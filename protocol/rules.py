@@ -22,6 +22,7 @@ from vhostuser.protocol.payloads import (
     U64,
     DeviceStateTransfer,
     Iotlb,
+    MemoryTable,
     Payload,
     VringAddress,
     VringArea,
@@ -112,6 +113,11 @@ def advised(state: "State", payload: Payload) -> str:
 
 def bases_exchanged(state: "State", payload: Payload) -> str:
     return "" if state.postcopy in EXCHANGING_BASES else "POSTCOPY_LISTEN must come first"
+
+
+def some_region(state: "State", payload: Payload) -> str:
+    # On the wire an empty table is what QEMU sends as the acknowledgement.
+    return "" if cast(MemoryTable, payload).regions else "an empty memory table would be an acknowledgement"
 
 
 def may_send_fd(state: "State", payload: Payload) -> str:
