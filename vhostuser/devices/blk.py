@@ -70,7 +70,7 @@ class BlkSettings:
     """At most 20 bytes; what GET_ID returns."""
     writeback: bool = True
     """False: every write is on the medium before it is acknowledged, unless the driver turns the cache on."""
-    poll_us: int = 32
+    poll_us: int = 64
     """The longest time that an idle ring is polled before its thread sleeps, in microseconds."""
     lock_patience: float = 2.0
     """How long to wait for the process that has the image locked, in seconds: in a hand-over it is about to stop."""

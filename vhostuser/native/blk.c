@@ -31,7 +31,7 @@ enum {
     HEADER = sizeof(struct virtio_blk_outhdr),
     RANGE = sizeof(struct virtio_blk_discard_write_zeroes),
     BATCH = 64,            /* chains popped at once */
-    PUSH = 16,             /* chains returned at once: the driver works on these while we work on the next */
+    PUSH = 8,              /* chains returned at once: the driver works on these while we work on the next */
     VECTORS = 1024,        /* the kernel's UIO_MAXIOV */
     SEGMENTS = 256,        /* ranges in one discard or write-zeroes request */
     BOUNCE = 1 << 18,      /* bytes */
@@ -119,16 +119,6 @@ static int gather(struct run *run, const vu_chain *chain, const struct transfer 
     return count;
 }
 
-/* Whether O_DIRECT takes these buffers: sector aligned in memory, whole blocks long. */
-static bool aligned(const struct run *run, int count)
-{
-    uint64_t bits = 0;
-    for (int i = 0; i < count; i++)
-        bits |= ((uintptr_t)run->iov[i].iov_base & (SECTOR - 1)) |
-                (run->iov[i].iov_len & (run->blk->config.block_size - 1));
-    return !bits;
-}
-
 static ssize_t image_io(const vu_blk *blk, bool write, const struct iovec *iov, int count, uint64_t position)
 {
     ssize_t moved;
@@ -157,10 +147,8 @@ static ssize_t bounce(struct run *run, vu_chain *chain, const struct transfer *t
 static ssize_t step(struct run *run, vu_chain *chain, const struct transfer *transfer)
 {
     int count = gather(run, chain, transfer);
-    if (run->bounce && !aligned(run, count))
-        return bounce(run, chain, transfer);
     ssize_t moved = image_io(run->blk, transfer->write, run->iov, count, transfer->position + transfer->done);
-    if (run->bounce && moved < 0 && errno == EINVAL) /* the medium wants more alignment than we know of */
+    if (run->bounce && moved < 0 && errno == EINVAL) /* not aligned as this medium wants it, which it alone knows */
         return bounce(run, chain, transfer);
     return moved;
 }
@@ -364,8 +352,7 @@ static int serve(struct run *run, vu_chain *chain, uint32_t *length)
     uint8_t status = execute(run, chain, &written);
     run->tally.errors += status == VIRTIO_BLK_S_IOERR;
     run->tally.unsupported += status == VIRTIO_BLK_S_UNSUPP;
-    /* The status is the last byte, so the dirty log must reach to the end; that covers all that a failed read left. */
-    chain->written = chain->writable;
+    /* The status is the last byte, so the dirty log reaches to the end: what a failed read left behind is in it too. */
     if (vu_chain_write(run->queue, chain, chain->writable - 1, &status, 1) != 1)
         return VU_E_FAULT;
     *length = (uint32_t)least(written + 1, UINT32_MAX);
