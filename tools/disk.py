@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from vhostuser.devices.blk import Blk, BlkSettings
+from vhostuser.devices.blk import POLL_US, Blk, BlkSettings
 from vhostuser.devices.image import Image, ImageError
 from vhostuser.tools import service
 from vhostuser.tools.service import Failure, Parser, number
@@ -54,7 +54,7 @@ def _parser(program: str) -> Parser:
         "--block-size", metavar="BYTES", type=number(512, 32768, power_of_two=True), default=512, help="default 512"
     )
     parser.add_argument(
-        "--poll-us", metavar="N", type=number(0, 10000), default=BlkSettings.poll_us, help="poll an idle ring so long"
+        "--poll-us", metavar="N", type=number(0, 10000), default=POLL_US, help="poll an idle ring so long"
     )
     service.add_options(parser)
     return parser

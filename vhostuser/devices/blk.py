@@ -60,6 +60,10 @@ _RANGE_SECTORS = (1 << 30) // SECTOR
 _RANGES = 64
 
 
+POLL_US = 64
+"""About what it takes to wake a thread on an idle CPU: polling longer costs more than the sleep that it saves."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class BlkSettings:
     """What the owner of the disk decides beside the image."""
@@ -70,7 +74,7 @@ class BlkSettings:
     """At most 20 bytes; what GET_ID returns."""
     writeback: bool = True
     """False: every write is on the medium before it is acknowledged, unless the driver turns the cache on."""
-    poll_us: int = 64
+    poll_us: int = POLL_US
     """The longest time that an idle ring is polled before its thread sleeps, in microseconds."""
     lock_patience: float = 2.0
     """How long to wait for the process that has the image locked, in seconds: in a hand-over it is about to stop."""
