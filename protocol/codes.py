@@ -29,7 +29,7 @@ class _Noted(IntEnum):
 
     note: str
 
-    def __new__(cls, value: int, note: str) -> Self:
+    def __new__(cls, value: int, note: str = "") -> Self:
         member = int.__new__(cls, value)
         member._value_ = value
         member.note = note

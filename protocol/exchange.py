@@ -128,7 +128,7 @@ class Server:
     def _admit(self, header: Header, fds: int) -> None:
         """Judge a header before its payload is read."""
         header.check_request()
-        row = self._find(header, fds)
+        row = self._find(header)
         if row is None:
             raise self._unusable(header, header.request, "unknown request")
         if missing := self._state.missing(row.gate):
@@ -138,7 +138,7 @@ class Server:
         _check_fds(row, fds, row.fds)
         self._row = row
 
-    def _find(self, header: Header, fds: int) -> Row | None:
+    def _find(self, header: Header) -> Row | None:
         return self._rows.get(header.request)
 
     def _unusable(self, header: Header, code: int, reason: str, clause: str = "") -> RemoteProtocolError:

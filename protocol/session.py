@@ -83,18 +83,17 @@ class BackendSession(_Negotiated, Server):
         """The asking end of the back-end's own channel, for the socket that SET_BACKEND_REQ_FD brought."""
         return Client(BACKEND, self._state)
 
-    def _find(self, header: Header, fds: int) -> Row | None:
+    def _find(self, header: Header) -> Row | None:
         """Tell the postcopy acknowledgement from the requests whose ids it borrows."""
         acknowledges = (
             self._state.postcopy in EXCHANGING_BASES
             and header.request in ACK_IDS
             and header.size in PostcopyAck.sizes
-            and not fds
             and not header.need_reply
         )
         if acknowledges:
             return FRONTEND[F.POSTCOPY_ACK]
-        return super()._find(header, fds) if header.request != F.POSTCOPY_ACK else None
+        return super()._find(header) if header.request != F.POSTCOPY_ACK else None
 
     def _known(self, request: Request) -> Payload | None:
         if isinstance(request.code, F) and request.code in self._answers:

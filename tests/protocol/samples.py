@@ -11,7 +11,6 @@ from vhostuser.protocol import (
     FRONTEND,
     U64,
     Answer,
-    BackendRequest,
     BackendSession,
     Client,
     Config,
@@ -19,7 +18,6 @@ from vhostuser.protocol import (
     DeviceStateReply,
     DeviceStateTransfer,
     Empty,
-    FrontendRequest,
     FrontendSession,
     Inflight,
     Iotlb,
@@ -30,7 +28,6 @@ from vhostuser.protocol import (
     Outgoing,
     Payload,
     PostcopyAck,
-    ProtocolFeature,
     Reply,
     Request,
     RequestRefused,
@@ -39,7 +36,6 @@ from vhostuser.protocol import (
     ShmemConfig,
     SingleRegion,
     Uuid,
-    VirtioFeature,
     VringAddress,
     VringArea,
     VringFd,
@@ -48,9 +44,11 @@ from vhostuser.protocol import (
     XenMemoryTable,
     XenSingleRegion,
 )
+from vhostuser.protocol import BackendRequest as B
+from vhostuser.protocol import FrontendRequest as F
+from vhostuser.protocol import ProtocolFeature as P
+from vhostuser.protocol import VirtioFeature as V
 from vhostuser.protocol.catalog import When
-
-F, B, P, V = FrontendRequest, BackendRequest, ProtocolFeature, VirtioFeature
 
 ALL_VIRTIO = sum(feature.mask for feature in V)
 ALL_PROTOCOL = sum(feature.mask for feature in P)
@@ -179,7 +177,7 @@ class Pair:
 
     def call(
         self,
-        code: FrontendRequest | BackendRequest,
+        code: F | B,
         payload: Payload | None = None,
         fds: Sequence[int] = (),
         *,

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.protocol.samples import CASES, Case, F, P, V
+from tests.protocol.samples import CASES, Case
 from vhostuser.protocol import BACKEND, FRONTEND, MAX_FDS, U64, feature_names, protocol_feature_names
+from vhostuser.protocol import BackendRequest as B
+from vhostuser.protocol import FrontendRequest as F
+from vhostuser.protocol import ProtocolFeature as P
+from vhostuser.protocol import VirtioFeature as V
 from vhostuser.protocol.catalog import table
 
 every_message = pytest.mark.parametrize("case", CASES, ids=str)
@@ -64,6 +68,66 @@ def test_requests_that_reply_whatever_need_reply_says() -> None:
         F.GET_MAX_MEM_SLOTS, F.GET_STATUS, F.GET_SHARED_OBJECT, F.SET_DEVICE_STATE_FD, F.CHECK_DEVICE_STATE,
         F.GET_SHMEM_CONFIG,
     }  # fmt: skip
+
+
+GATES = {
+    # Offered is enough, by the text or for the sake of front-ends in the field.
+    F.GET_PROTOCOL_FEATURES: ("offered", V.PROTOCOL_FEATURES),
+    F.SET_PROTOCOL_FEATURES: ("offered", V.PROTOCOL_FEATURES),
+    F.GET_QUEUE_NUM: ("offered", P.MQ),
+    F.SET_VRING_ENABLE: ("offered", V.PROTOCOL_FEATURES),
+    F.SEND_RARP: ("offered", P.RARP),
+    F.NET_SET_MTU: ("offered", P.MTU, V.NET_F_MTU),
+    F.SET_BACKEND_REQ_FD: ("offered", P.BACKEND_REQ),
+    F.POSTCOPY_ADVISE: ("offered", P.PAGEFAULT),
+    F.POSTCOPY_LISTEN: ("offered", P.PAGEFAULT),
+    F.POSTCOPY_END: ("offered", P.PAGEFAULT),
+    F.POSTCOPY_ACK: ("offered", P.PAGEFAULT),
+    F.RESET_DEVICE: ("offered", P.RESET_DEVICE),
+    F.IOTLB_MSG: ("negotiated", V.ACCESS_PLATFORM),
+    F.SET_VRING_ENDIAN: ("negotiated", P.CROSS_ENDIAN),
+    F.GET_CONFIG: ("negotiated", P.CONFIG),
+    F.SET_CONFIG: ("negotiated", P.CONFIG),
+    F.CREATE_CRYPTO_SESSION: ("negotiated", P.CRYPTO_SESSION),
+    F.CLOSE_CRYPTO_SESSION: ("negotiated", P.CRYPTO_SESSION),
+    F.GET_INFLIGHT_FD: ("negotiated", P.INFLIGHT_SHMFD),
+    F.SET_INFLIGHT_FD: ("negotiated", P.INFLIGHT_SHMFD),
+    F.VRING_KICK: ("negotiated", P.INBAND_NOTIFICATIONS),
+    F.GET_MAX_MEM_SLOTS: ("negotiated", P.CONFIGURE_MEM_SLOTS),
+    F.ADD_MEM_REG: ("negotiated", P.CONFIGURE_MEM_SLOTS),
+    F.REM_MEM_REG: ("negotiated", P.CONFIGURE_MEM_SLOTS),
+    F.SET_STATUS: ("negotiated", P.STATUS),
+    F.GET_STATUS: ("negotiated", P.STATUS),
+    F.GET_SHARED_OBJECT: ("negotiated", P.SHARED_OBJECT),
+    F.SET_DEVICE_STATE_FD: ("negotiated", P.DEVICE_STATE),
+    F.CHECK_DEVICE_STATE: ("negotiated", P.DEVICE_STATE),
+    F.GET_SHMEM_CONFIG: ("negotiated", P.SHMEM),
+}
+BACKEND_GATES = {
+    B.IOTLB_MSG: V.ACCESS_PLATFORM,
+    B.CONFIG_CHANGE_MSG: P.CONFIG,
+    B.VRING_HOST_NOTIFIER_MSG: P.HOST_NOTIFIER,
+    B.VRING_CALL: P.INBAND_NOTIFICATIONS,
+    B.VRING_ERR: P.INBAND_NOTIFICATIONS,
+    B.SHARED_OBJECT_ADD: P.SHARED_OBJECT,
+    B.SHARED_OBJECT_REMOVE: P.SHARED_OBJECT,
+    B.SHARED_OBJECT_LOOKUP: P.SHARED_OBJECT,
+    B.SHMEM_MAP: P.SHMEM,
+    B.SHMEM_UNMAP: P.SHMEM,
+}
+
+
+@every_message
+def test_every_extension_stands_behind_its_feature(case: Case) -> None:
+    """Written out from the specification, so that a gate left open shows."""
+    gate = case.row.gate
+    if case.row.from_backend:
+        assert (gate.offered, gate.features) == (False, (BACKEND_GATES[B(case.row.code)],))
+    elif case.row.code in GATES:
+        how, *features = GATES[F(case.row.code)]
+        assert (gate.offered, list(gate.features)) == (how == "offered", features)
+    else:
+        assert not gate.features
 
 
 def test_a_log_in_shared_memory_is_answered_with_success() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.protocol.samples import CASES, PAYLOADS, Case, F, P, Pair, V, connect_for, read
+from tests.protocol.samples import CASES, PAYLOADS, Case, Pair, connect_for, read
 from vhostuser.protocol import (
     HEADER_SIZE,
     NEED_REPLY,
@@ -27,6 +27,9 @@ from vhostuser.protocol import (
     RequestRefused,
     Server,
 )
+from vhostuser.protocol import FrontendRequest as F
+from vhostuser.protocol import ProtocolFeature as P
+from vhostuser.protocol import VirtioFeature as V
 from vhostuser.protocol.catalog import When
 from vhostuser.protocol.codec import encode
 
@@ -165,6 +168,13 @@ def test_a_wrong_number_of_descriptors_is_rejected(case: Case) -> None:
         pair = connect_for(case)
         with pytest.raises(LocalProtocolError, match="descriptors"):
             pair.asking.request(case.row.code, case.request(), tuple(range(count)))
+
+
+@every_message
+def test_too_many_descriptors_are_rejected_before_the_payload_is_read(case: Case) -> None:
+    header = wire(case)[:HEADER_SIZE]
+    with pytest.raises(RemoteProtocolError, match=r"descriptors|unknown request"):
+        connect_for(case).answering.receive(header, tuple(range(case.row.fds[1] + 1)))
 
 
 @every_reply

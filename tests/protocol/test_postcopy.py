@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from tests.protocol.samples import REGION, REGIONS, F, Pair, connect, listen, read
+from tests.protocol.samples import REGION, REGIONS, Pair, connect, listen, read
 from vhostuser.protocol import (
     NEED_REPLY,
     U64,
@@ -24,6 +24,7 @@ from vhostuser.protocol import (
     RequestRefused,
     SingleRegion,
 )
+from vhostuser.protocol import FrontendRequest as F
 from vhostuser.protocol.postcopy import HANDSHAKE, INPUTS, LOST
 
 S, X = Postcopy, Effect

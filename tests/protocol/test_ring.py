@@ -4,8 +4,10 @@ from itertools import product
 
 import pytest
 
-from tests.protocol.samples import ALL_VIRTIO, F, V, connect
+from tests.protocol.samples import ALL_VIRTIO, connect
 from vhostuser.protocol import U64, Reply, Ring, VringFd, VringState
+from vhostuser.protocol import FrontendRequest as F
+from vhostuser.protocol import VirtioFeature as V
 from vhostuser.protocol.ring import RING, RingEvent
 
 E = RingEvent
@@ -99,6 +101,14 @@ def test_features_with_bit_30_leave_the_rings_alone() -> None:
     for features in (ALL_VIRTIO, ALL_VIRTIO & ~V.LOG_ALL.mask):
         pair.call(F.SET_FEATURES, U64(features))
         assert [ring.enabled for ring in pair.back.rings] == [True, False]
+
+
+def test_bit_30_is_a_number_and_not_a_mask() -> None:
+    """Several back-ends test SET_FEATURES against 30, which is bits 1 to 4."""
+    pair = connect(V.PROTOCOL_FEATURES.mask)
+    assert not any(ring.enabled for ring in pair.back.rings)
+    pair.call(F.SET_FEATURES, U64(V.NET_F_MTU.mask))
+    assert all(ring.enabled for ring in pair.back.rings)
 
 
 def test_reset_device_and_reset_owner() -> None:

@@ -2,20 +2,7 @@
 
 import pytest
 
-from tests.protocol.samples import (
-    ALL_PROTOCOL,
-    ALL_VIRTIO,
-    CONDITIONAL,
-    REGION,
-    SAMPLES,
-    B,
-    F,
-    P,
-    Pair,
-    V,
-    connect,
-    read,
-)
+from tests.protocol.samples import ALL_PROTOCOL, ALL_VIRTIO, CONDITIONAL, REGION, SAMPLES, Pair, connect, listen, read
 from vhostuser.protocol import (
     BACKEND,
     NEED_REPLY,
@@ -49,6 +36,10 @@ from vhostuser.protocol import (
     VringState,
     encode,
 )
+from vhostuser.protocol import BackendRequest as B
+from vhostuser.protocol import FrontendRequest as F
+from vhostuser.protocol import ProtocolFeature as P
+from vhostuser.protocol import VirtioFeature as V
 
 BIT_30 = V.PROTOCOL_FEATURES.mask
 
@@ -490,6 +481,11 @@ def channel() -> Pair:
 def test_requests_of_the_back_end_do_not_touch_the_state_of_equal_numbers() -> None:
     """IOTLB_MSG is 1 there and GET_FEATURES is 1 here; VRING_ERR is 5 and so is SET_MEM_TABLE."""
     pair = channel()
+    main = Pair(pair.front, pair.back, pair.front, pair.back)
+    listen(main)
+    for ring in (0, 1):
+        main.call(F.SET_VRING_ENABLE, VringState(ring, 1))
+        main.call(F.VRING_KICK, VringState(ring))
     before = seen(pair)
     payloads = {B.IOTLB_MSG: Iotlb(0, 0, 0, 0, 1), B.VRING_CALL: VringState(0), B.VRING_ERR: VringState(0)}
     for code in B:
@@ -500,6 +496,8 @@ def test_requests_of_the_back_end_do_not_touch_the_state_of_equal_numbers() -> N
         assert answer is not None
         assert not answer.refused
     assert seen(pair) == before
+    main.call(F.SET_FEATURES, U64(ALL_VIRTIO))
+    main.call(F.SET_PROTOCOL_FEATURES, U64(ALL_PROTOCOL & ~CONDITIONAL))
 
 
 def seen(pair: Pair) -> str:
