@@ -52,7 +52,6 @@ struct vu_touch {
     struct errand **table;               /* heads by page, begun or not */
     uint32_t slots;                      /* of the table: a power of two */
     uint32_t capacity;
-    uint32_t threads;
     bool stopping;
     _Atomic uint64_t waited, ahead, lost, blocked_ns, histogram[BUCKETS];
     struct errand errands[];
@@ -180,11 +179,11 @@ static void add_head(vu_touch *touch, struct errand *head, const vu_map *map)
     pthread_cond_signal(&touch->work);
 }
 
-/* False if the pool cannot take it: full, or nobody would touch it. */
+/* False if the pool cannot take it: full, or its threads are leaving. */
 static bool enqueue(vu_touch *touch, const vu_map *map, uintptr_t page, struct party *party)
 {
     struct errand *errand = touch->free;
-    if (!errand || !touch->threads || touch->stopping)
+    if (!errand || touch->stopping)
         return false;
     touch->free = errand->next;
     *errand = (struct errand){.page = page, .party = *party};
@@ -286,14 +285,12 @@ vu_touch *vu_touch_new(uint32_t capacity)
 void vu_touch_run(vu_touch *touch)
 {
     pthread_mutex_lock(&touch->lock);
-    touch->threads++;
     while (touch->first || !touch->stopping) {
         if (touch->first)
             run_errand(touch);
         else
             pthread_cond_wait(&touch->work, &touch->lock);
     }
-    touch->threads--;
     pthread_mutex_unlock(&touch->lock);
 }
 
