@@ -41,10 +41,12 @@ class Image:
     the page cache (O_DIRECT). Raises ImageError.
     """
 
-    def __init__(self, path: str, *, read_only: bool = False, direct: bool = False, block_size: int = SECTOR) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, read_only: bool = False, direct: bool = False, block_size: int = SECTOR
+    ) -> None:
         if block_size < SECTOR or block_size & (block_size - 1):
             raise ImageError(f"block size {block_size} is not a power of two of at least {SECTOR}")
-        self.path = path
+        self.path = os.fspath(path)
         self.read_only = read_only
         self.direct = direct
         self.block_size = block_size
@@ -162,7 +164,7 @@ def _reason(error: OSError, image: Image) -> str:
             return "this file system has no direct I/O: use --cache=writeback"
         case errno.EROFS:
             return "on a read-only file system: use --read-only"
-        case errno.EACCES | errno.EPERM if not image.read_only and os.access(image.path, os.R_OK):
+        case errno.EACCES | errno.EPERM if not image.read_only and os.access(image.path, os.R_OK, effective_ids=True):
             return "may be read but not written: use --read-only, or change its mode"
         case errno.EISDIR:
             return "a directory, not an image"

@@ -379,10 +379,10 @@ static int push(struct run *run)
     int code = vu_queue_push(run->queue, run->done, run->lengths, run->finished);
     run->finished = 0;
     run->tally.batches++;
-    int called = code < 0 ? code : vu_queue_signal(run->queue);
-    run->tally.calls += called > 0;
+    if (code == 0) /* a call descriptor that is of no use is the front-end's affair: only a broken ring counts here */
+        run->tally.calls += vu_queue_signal(run->queue) > 0;
     settle(run);
-    return called < 0 ? called : 0;
+    return code ? code : vu_queue_broken(run->queue);
 }
 
 /* What was finished before a fault is returned all the same. */
