@@ -409,7 +409,7 @@ class DriverQueue:
 
     size: entries, a power of two up to 32768. With ``indirect`` every chain takes one entry and may have up to 128
     buffers. ``desc``, ``avail``, ``used`` are guest addresses. Belongs to one thread at a time; every method *touches*.
-    Raises QueueBroken if it does not fit, and wherever the device returned nonsense.
+    Raises QueueBroken if it does not fit or where the device returned nonsense, MemoryLost where memory is gone.
     """
 
     def __init__(
@@ -463,6 +463,8 @@ class DriverQueue:
 
 
 def _checked(result: int) -> int:
+    if result == lib.VU_E_FAULT:
+        raise MemoryLost
     if result < 0:
         raise QueueBroken(0, -1, result, explain(result))
     return result
