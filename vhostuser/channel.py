@@ -128,6 +128,11 @@ class Channel:
         finally:
             unwatch(self._sock)
 
+    def end(self) -> None:
+        """Shuts the connection down: the reader sees the end of the stream, as does the peer."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Closes the socket; the watching stops first, or the loop would spin on a number that is used again."""
         if self._sock.fileno() < 0:
@@ -136,8 +141,7 @@ class Channel:
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._hangup.close()
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        self.end()
         self._sock.close()
 
 

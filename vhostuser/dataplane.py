@@ -4,8 +4,8 @@ What belongs here: the threads that may touch guest memory, the loop on which Py
 of both kinds of ring. What does not: when a ring starts or stops (``connection``).
 
 Threads are daemon threads and never executors: one that waits for a missing page would hold up the exit of the process.
-All signals but SIGBUS and SIGSEGV are blocked in them: a thread that is hit by a handled signal inside a kernel-mode fault
-returns to the fault at once and spins.
+All signals but SIGBUS and SIGSEGV are blocked in them: a thread that is hit by a handled signal inside a kernel-mode
+fault returns to the fault at once and spins.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
+from vhostuser.memory import explain
 from vhostuser.device import Device, Engine
 from vhostuser.protocol import QueueBroken
 from vhostuser.virtqueue import DeviceQueue, Request
@@ -59,12 +60,16 @@ class DataThread:
 
     def __init__(self, name: str) -> None:
         self.loop = new_event_loop()
-        self._thread = spawn(self._run, name)
+        self._control = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        spawn(self._run, name)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
         self.loop.close()
+        with contextlib.suppress(RuntimeError):  # the control loop is gone, and with it the process
+            self._control.call_soon_threadsafe(self._ended.set)
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs ``coroutine`` on the data thread and waits for it on the caller's loop.
@@ -73,9 +78,10 @@ class DataThread:
         """
         return await asyncio.shield(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop)))
 
-    def close(self) -> None:
-        """Ends the thread when it comes back to its loop; does not wait."""
+    async def close(self) -> None:
+        """Ends the thread; waits until it is back on its loop."""
         self.loop.call_soon_threadsafe(self.loop.stop)
+        await self._ended.wait()
 
 
 class Runner(Protocol):
@@ -100,8 +106,9 @@ class EngineRunner:
     def _run(self, engine: Engine, queue: DeviceQueue, kick: int) -> None:
         error: Exception | None = None
         try:
-            engine.run(queue, kick, self._stop)
-            queue.check()
+            code = engine.run(queue, kick, self._stop)
+            if code < 0:
+                raise queue.broken or QueueBroken(queue.index, -1, code, explain(code))
         except Exception as caught:
             error = caught
         with contextlib.suppress(RuntimeError):  # the control loop is gone, and with it the process
@@ -124,28 +131,26 @@ class LoopRunner:
         self._loop = asyncio.get_running_loop()
         self._data_loop = thread.loop
         self.finished = self._loop.create_future()
-        self._served: ServedQueue | None = None
-        asyncio.run_coroutine_threadsafe(self._run(device, queue, kick), thread.loop)
+        self._data_loop.call_soon_threadsafe(self._begin, device, queue, kick)
 
-    async def _run(self, device: Device, queue: DeviceQueue, kick: int) -> None:
+    def _begin(self, device: Device, queue: DeviceQueue, kick: int) -> None:
+        # Made here and not in the task, which has not begun yet when a stop comes right behind.
+        self._served = ServedQueue(queue, kick, device.requests_at_once)
+        self._task = asyncio.ensure_future(self._run(device))
+
+    async def _run(self, device: Device) -> None:
         error: Exception | None = None
-        self._served = served = ServedQueue(queue, kick, device.requests_at_once)
-        task = asyncio.ensure_future(device.serve(served))
         try:
-            await served.run(task)
+            await self._served.run(asyncio.ensure_future(device.serve(self._served)))
         except Exception as caught:
             error = caught
         finally:
-            served.close()
-        with contextlib.suppress(RuntimeError):
+            self._served.close()
+        with contextlib.suppress(RuntimeError):  # the control loop is gone, and with it the process
             self._loop.call_soon_threadsafe(_resolve, self.finished, error)
 
     def stop(self) -> None:
-        self._data_loop.call_soon_threadsafe(self._stop)
-
-    def _stop(self) -> None:
-        if self._served is not None:
-            self._served.stop()
+        self._data_loop.call_soon_threadsafe(lambda: self._served.stop())
 
 
 def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
@@ -227,10 +232,9 @@ class ServedQueue:
         self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        try:
+        # The error is sticky: the next pop raises it where it is expected.
+        with contextlib.suppress(QueueBroken):
             self._queue.flush()
-        except QueueBroken:
-            pass  # sticky: the next pop raises it where it is expected
         self._wake.set()
         if self._stopping and not self._queue.out:
             self._stopped.set()

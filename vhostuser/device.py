@@ -9,8 +9,8 @@ A device is written in one of three tiers, the first that is fast enough:
 2. ``async def serve(self, queue)``: batches, the device decides what is taken and when;
 3. ``def engine(self)``: a native engine, one thread per ring in C.
 
-Everything that the runtime calls runs on the connection's *data thread*, except what says otherwise. The data thread may
-wait for guest memory, so nothing there may hold a lock that the control thread takes.
+Everything that the runtime calls runs on the connection's *data thread*, except what says otherwise. The data thread
+may wait for guest memory, so nothing there may hold a lock that the control thread takes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Engine(Protocol):
     def run(self, queue: DeviceQueue, kick: int, stop: int) -> int:
         """Serves ``queue`` until the eventfd ``stop`` is readable and no request is under way.
 
-        Runs on a thread of the ring's own and stays in C, the GIL released; may touch guest memory and block. ``kick`` is
-        an eventfd or -1 for a ring without kicks, which is polled. Returns 0, or a negative ``VU_E_`` code if the ring broke.
+        Runs on a thread of the ring's own and stays in C, the GIL released; may touch guest memory and block.
+        ``kick`` is an eventfd or -1 for a ring without kicks, which is polled. Returns 0, or a negative ``VU_E_``
+        code if the ring broke.
         """
 
 

@@ -1,0 +1,87 @@
+"""Each layer imports only what lies below it (docs/architecture.md, "Layers")."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NO_IO = {"os", "socket", "asyncio", "mmap", "select", "threading", "uvloop"}
+
+# module -> the modules of the project that it may import; a name stands for everything below it too.
+RUNTIME = {"protocol", "_native", "memory", "virtqueue", "uffd", "postcopy", "channel", "device", "dataplane", "ring"}
+ALLOWED = {
+    "memory": {"protocol", "_native"},
+    "virtqueue": {"protocol", "_native", "memory", "uffd"},
+    "uffd": {"protocol", "_native", "memory"},
+    "postcopy": {"protocol", "memory", "uffd"},
+    "channel": {"protocol"},
+    "device": {"protocol", "virtqueue", "dataplane"},
+    "dataplane": {"protocol", "device", "virtqueue"},
+    "ring": RUNTIME - {"channel"},
+    "connection": RUNTIME | {"backend_channel"},
+    "backend_channel": {"protocol", "channel"},
+    "backend": RUNTIME | {"connection"},
+    "frontend": {"protocol", "channel", "memory", "virtqueue"},
+}
+WITHOUT = {
+    "memory": {"asyncio", "socket"},
+    "virtqueue": {"asyncio", "socket"},
+    "uffd": {"asyncio", "socket"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, in full."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("vhostuser.")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "protocol").glob("*.py")), ids=lambda path: path.name)
+def test_protocol_does_no_io_and_knows_nothing_above_it(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path)} & NO_IO
+    assert ours(path) <= {"protocol"}
+    if path.name != "payloads.py":
+        assert "construct" not in imports(path)
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_modules_import_only_what_lies_below(name: str) -> None:
+    path = ROOT / "vhostuser" / f"{name}.py"
+    assert ours(path) <= ALLOWED[name]
+    assert not {module.split(".")[0] for module in imports(path)} & WITHOUT.get(name, set())
+
+
+def test_every_module_has_a_layer() -> None:
+    names = {path.stem for path in (ROOT / "vhostuser").glob("*.py")} - {"__init__"}
+    assert names == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/devices").glob("*.py")), ids=lambda path: path.name)
+def test_devices_know_only_the_device_contract(path: Path) -> None:
+    assert ours(path) <= {"device", "devices", "protocol", "virtqueue", "_native"}
+    assert not {name for name in imports(path) if name.startswith(("vhostuser.protocol.session", "vhostuser.channel"))}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/native").glob("*.[ch]")), ids=lambda path: path.name)
+def test_c_has_no_python_no_stdio_no_threads_and_cannot_abort(path: Path) -> None:
+    text = path.read_text()
+    for forbidden in ("Python.h", "stdio.h", "assert.h", "abort(", "pthread_create", "exit("):
+        assert forbidden not in text, f"{path.name} uses {forbidden}"
+
+
+def test_links_are_in_place() -> None:
+    for name in ("protocol", "tools"):
+        link = ROOT / "vhostuser" / name
+        assert link.is_symlink()
+        assert link.readlink() == Path("..") / name

@@ -1,0 +1,138 @@
+"""Backend: serves a device on a socket, to one front-end after another or to several at once.
+
+What belongs here: accepting and connecting, who may use postcopy, the state dump. What does not: a connection's life
+(``connection``), making and locking socket files (``tools.service``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from vhostuser.connection import Connection
+from vhostuser.device import Device
+from vhostuser.postcopy import MemoryRecord, Postcopy
+from vhostuser.uffd import NotPermitted, TouchPool, Userfaultfd
+
+log = logging.getLogger("vhostuser")
+
+_FIRST_RETRY, _LONGEST_RETRY = 0.1, 5.0
+
+
+class Backend:
+    """Serves devices to front-ends. All methods belong to the control thread, the loop that runs ``serve``.
+
+    ``device`` makes the device of a connection: a class or any callable without arguments. With ``connections=1`` (one
+    front-end at a time, the others wait) it may also be a Device, which then serves one front-end after another.
+
+    ``postcopy``: offer PAGEFAULT where userfaultfd is permitted. Never offered with several connections: who holds our
+    userfaultfd can fill or freeze any page of this process, the memory of the other front-ends' guests among them.
+
+    ``uffd_device``: a descriptor of /dev/userfaultfd, for a process that may not open it; the caller closes it.
+
+    ``record``: where memory that is being migrated into is remembered, so that a back-end that is restarted in the
+    middle does not touch its holes; normally beside the socket. None: not remembered.
+    """
+
+    def __init__(
+        self,
+        device: Device | Callable[[], Device],
+        *,
+        connections: int = 1,
+        postcopy: bool = True,
+        uffd_device: int = -1,
+        record: Path | None = None,
+        mem_slots: int = 509,
+    ) -> None:
+        if connections < 1:
+            raise ValueError(f"connections must be 1 or more, not {connections}")
+        if isinstance(device, Device) and connections > 1:
+            raise ValueError("several connections need a device each: pass a class or a callable, not one Device")
+        self._device = device
+        self._most = connections
+        self._mem_slots = mem_slots
+        self._record = MemoryRecord(record) if record is not None else None
+        self._uffd_device = uffd_device
+        self._pool = TouchPool()
+        self.connections: list[Connection] = []
+        """The front-ends that are served now."""
+        self._postcopy = postcopy and connections == 1 and self._permitted()
+
+    def _permitted(self) -> bool:
+        try:
+            Userfaultfd.probe(self._uffd_device)
+        except NotPermitted as error:
+            log.warning("postcopy migration is not offered (PAGEFAULT): %s", error)
+            return False
+        return True
+
+    async def listen(self, listener: socket.socket, *, once: bool = False) -> None:
+        """Accepts front-ends on a bound and listening socket, which stays the caller's, for ever or ``once``."""
+        listener.setblocking(False)
+        loop = asyncio.get_running_loop()
+        room = asyncio.Semaphore(self._most)
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await room.acquire()
+                sock, _ = await loop.sock_accept(listener)
+                serving = group.create_task(self.serve(sock, _name_of(listener)))
+                serving.add_done_callback(lambda _: room.release())
+                if once:
+                    return
+
+    async def connect(self, path: str, *, once: bool = False) -> None:
+        """Connects to a front-end that listens, again and again with growing pauses, for ever or ``once`` served."""
+        loop = asyncio.get_running_loop()
+        pause = _FIRST_RETRY
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            try:
+                await loop.sock_connect(sock, path)
+            except OSError as error:
+                sock.close()
+                level = logging.WARNING if pause == _FIRST_RETRY else logging.DEBUG
+                log.log(level, "%s: nobody listens yet (%s), trying again", path, error.strerror)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_RETRY)
+                continue
+            pause = _FIRST_RETRY
+            await self.serve(sock, path)
+            if once:
+                return
+
+    async def serve(self, sock: socket.socket, name: str = "") -> None:
+        """Serves the front-end at the other end of a connected socket, which is closed at the end."""
+        device = self._device if isinstance(self._device, Device) else self._device()
+        half = Postcopy(self._pool, device_fd=self._uffd_device, record=self._record) if self._postcopy else None
+        connection = Connection(
+            sock,
+            device,
+            name=name or f"fd {sock.fileno()}",
+            postcopy=half,
+            record=self._record,
+            mem_slots=self._mem_slots,
+        )
+        self.connections.append(connection)
+        log.info("%s: a front-end is here", connection.name)
+        try:
+            await connection.serve()
+        finally:
+            self.connections.remove(connection)
+            log.info("%s: the front-end has gone", connection.name)
+
+    def state(self) -> dict[str, object]:
+        """The state of everything: JSON-able values; for SIGUSR1."""
+        return {
+            "postcopy_offered": self._postcopy,
+            "connections": [connection.state() for connection in self.connections],
+            "faults": self._pool.state(),
+        }
+
+
+def _name_of(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    return name if isinstance(name, str) and name else f"fd {listener.fileno()}"

@@ -1,0 +1,219 @@
+"""One ring of a connection: what the front-end told about it, its descriptors, and the thread that serves it.
+
+What belongs here: the owner of a ring's eventfds and its start and stop. What does not: whether it should run, which
+the session's state machine and ``connection`` decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Callable
+
+from vhostuser.dataplane import DataThread, EngineRunner, LoopRunner, Runner
+from vhostuser.device import Device, Engine
+from vhostuser.memory import DirtyLog, GuestMemory
+from vhostuser.protocol import VHOST_VRING_F_LOG, QueueBroken, RequestRefused, VirtioFeature, VringAddress
+from vhostuser.uffd import TouchPool
+from vhostuser.virtqueue import DeviceQueue, InflightRegion, RingSetup
+
+POLLED = -1
+"""The kick of a ring whose front-end gave none: the ring is polled."""
+
+
+def usable_event(fd: int, name: str) -> int:
+    """Makes an eventfd (or pipe) that came from the front-end safe to wait on and to signal.
+
+    A peer may pass anything: a blocking descriptor would stop the thread that signals it, and a plain file cannot be
+    waited for. Raises RequestRefused for those that cannot be used; the caller still owns ``fd`` then.
+    """
+    if not (stat.S_ISFIFO(mode := os.fstat(fd).st_mode) or stat.S_IFMT(mode) == 0):
+        raise RequestRefused(f"the {name} descriptor is neither an eventfd nor a pipe")
+    os.set_blocking(fd, False)
+    return fd
+
+
+class Ring:
+    """Owns the kick, call and err descriptors. All methods belong to the control thread; none touches guest memory."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.size = 0
+        self.base = 0
+        self.address: VringAddress | None = None
+        self.kick: int | None = None
+        self.obstacle = ""
+        """Why the ring cannot be opened as it is set up now; tried again when something changes."""
+        self.broken: QueueBroken | None = None
+        """Sticky until the front-end gives a new kick or a new address."""
+        self._call = self._err = -1
+        self._calls = False
+        self._watched = False
+        self._queue: DeviceQueue | None = None
+        self._runner: Runner | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a thread serves the ring."""
+        return self._runner is not None
+
+    @property
+    def configured(self) -> bool:
+        """Whether everything that a start needs has been said."""
+        return self.size > 0 and self.address is not None and self.kick is not None and self.broken is None
+
+    # ---- descriptors
+
+    def set_kick(self, fd: int | None, kicked: Callable[[], None]) -> None:
+        """Takes the kick eventfd (None: the ring is polled); ``kicked`` is called at the first kick, then nothing more.
+
+        The counter is left for the data thread to read, so no kick is lost between the two.
+        """
+        self.drop_kick()
+        self.broken = None
+        self.kick = POLLED if fd is None else fd
+        if fd is not None:
+            asyncio.get_running_loop().add_reader(fd, self._first_kick, kicked)
+            self._watched = True
+
+    def _first_kick(self, kicked: Callable[[], None]) -> None:
+        self._unwatch()
+        kicked()
+
+    def _unwatch(self) -> None:
+        if self._watched and self.kick is not None:
+            asyncio.get_running_loop().remove_reader(self.kick)
+        self._watched = False
+
+    def drop_kick(self) -> None:
+        """Forgets and closes the kick; the loop stops watching first, or it would spin on a number used again."""
+        self._unwatch()
+        if self.kick is not None and self.kick != POLLED:
+            os.close(self.kick)
+        self.kick = None
+
+    def set_call(self, fd: int | None) -> None:
+        """Takes the call eventfd (None: the driver is not to be called), also while the ring runs.
+
+        The number that the data thread writes to stays the same for the life of the ring: dup2 replaces what is
+        behind it in one step, so that no thread can write to a descriptor that was closed and used again.
+        """
+        self._calls = fd is not None
+        if fd is not None:
+            self._call = _replace(self._call, fd)
+        if self._queue is not None:
+            self._queue.set_call(self._call if self._calls else -1)
+
+    def set_err(self, fd: int | None) -> None:
+        """Takes the err eventfd, or drops the one there is."""
+        if fd is not None:
+            self._err = _replace(self._err, fd)
+        elif self._err >= 0:
+            os.close(self._err)
+            self._err = -1
+
+    def signal_err(self) -> None:
+        """Tells the front-end that the ring is broken."""
+        if self._err >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._err, (1).to_bytes(8, sys.byteorder))
+
+    # ---- start and stop
+
+    def setup(self, features: int) -> RingSetup:
+        """What the queue is opened with."""
+        assert self.address is not None
+        return RingSetup(
+            size=self.size,
+            desc=self.address.desc,
+            avail=self.address.avail,
+            used=self.address.used,
+            log=self.address.log,
+            log_used=bool(self.address.flags & VHOST_VRING_F_LOG and features & VirtioFeature.LOG_ALL.mask),
+            base=self.base,
+            index=self.index,
+            features=features,
+        )
+
+    def open(
+        self,
+        memory: GuestMemory,
+        features: int,
+        log: DirtyLog | None,
+        inflight: InflightRegion | None,
+        touch: TouchPool | None,
+    ) -> DeviceQueue:
+        """Validates the ring against memory. Raises QueueBroken if it does not fit; touches nothing."""
+        queue = self.setup(features).open(memory, log=log, inflight=inflight)
+        queue.set_touch(touch)
+        queue.set_call(self._call if self._calls else -1)
+        # Requests may have been completed just before the ring stopped, their call lost with the old eventfd.
+        queue.force_signal()
+        return queue
+
+    def run(self, queue: DeviceQueue, device: Device, engine: Engine | None, data: DataThread, name: str) -> Runner:
+        """Serves ``queue``, which the ring owns from here."""
+        assert self.kick is not None and self._runner is None
+        self._unwatch()
+        self._queue = queue
+        if engine is None:
+            self._runner = LoopRunner(data, device, queue, self.kick)
+        else:
+            self._runner = EngineRunner(engine, queue, self.kick, f"{name} ring {self.index}")
+        return self._runner
+
+    async def halt(self) -> None:
+        """Stops serving: waits until every request that was taken is completed; then ``base`` is the next index.
+
+        Waits as long as guest memory or the device makes a request wait; the caller watches for the loss of the
+        front-end. A ring that broke is left with its code in ``broken``.
+        """
+        runner = self._runner
+        if runner is None:
+            return
+        runner.stop()
+        try:
+            await asyncio.shield(runner.finished)
+        except QueueBroken as error:
+            self.broken = error
+        if self._runner is runner:
+            self._runner = None
+            self._close_queue()
+
+    def _close_queue(self) -> None:
+        if self._queue is not None:
+            self.base = self._queue.base
+            self._queue.close()
+            self._queue = None
+
+    def close(self) -> None:
+        """Closes every descriptor; the ring must have been halted."""
+        self.drop_kick()
+        self._close_queue()
+        for fd in (self._call, self._err):
+            if fd >= 0:
+                os.close(fd)
+        self._call = self._err = -1
+
+    def state(self) -> dict[str, object]:
+        """For the state dump; JSON-able."""
+        return {
+            "index": self.index,
+            "size": self.size,
+            "running": self.running,
+            "base": self._queue.base if self._queue is not None else self.base,
+            "broken": str(self.broken) if self.broken else None,
+            "obstacle": self.obstacle or None,
+        }
+
+
+def _replace(number: int, fd: int) -> int:
+    """Puts ``fd`` behind ``number`` and closes ``fd``, or keeps it when there is no number yet."""
+    if number < 0:
+        return fd
+    os.dup2(fd, number, inheritable=False)
+    os.close(fd)
+    return number
