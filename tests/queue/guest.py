@@ -5,6 +5,7 @@ What belongs here: bytes. What is right or wrong about them is in ``model``.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import struct
@@ -24,15 +25,17 @@ ALL = EVENT_IDX | INDIRECT_DESC
 
 
 class Guest:
-    """Regions of (guest address, bytes), each a memfd of its own."""
+    """Regions of (guest address, bytes), each a memfd of its own; ``sealed``: none can be made smaller."""
 
-    def __init__(self, *regions: tuple[int, int]) -> None:
+    def __init__(self, *regions: tuple[int, int], sealed: bool = False) -> None:
         self.regions = regions
         self.fds = [os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for _ in regions]
         self.views: list[mmap.mmap] = []
         for fd, (_, size) in zip(self.fds, regions, strict=True):
             os.truncate(fd, size)
             self.views.append(mmap.mmap(fd, size))
+            if sealed:
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.memory = GuestMemory(
             [
                 Region.map(fd, MemoryRegion(guest, size, USER + guest, 0))
