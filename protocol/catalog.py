@@ -83,11 +83,15 @@ class Variant(NamedTuple):
 class Row:
     """One message.
 
-    reply: empty if the message has no reply of its own; then a u64 acknowledges it, where need_reply is set and
-    REPLY_ACK was negotiated. done: the reply that stands for plain success, if there is one. refusal: how the reply
-    says no; None means that it cannot, and the connection must be closed. silent: nothing depends on this message, so
-    where no ack was asked for it may be refused without a word. asks: our front-end always sets need_reply. unserved:
-    why our runtime does not serve it; empty if it does.
+    - request, reply: payloads it may have. Without a reply a u64 acknowledges it, where need_reply is set and REPLY_ACK
+      was negotiated.
+    - fds, reply_fds: least and most descriptors.
+    - rules: values it may not have. variants: what it becomes under a condition.
+    - done: the reply that stands for plain success, if there is one.
+    - refusal: how the reply says no; None if it cannot, and the connection must be closed.
+    - silent: nothing depends on this message, so where no ack was asked for it may be refused without a word.
+    - asks: whether our end sets need_reply, where that is not the caller's choice.
+    - unserved: why our runtime does not serve it; empty if it does.
     """
 
     code: F | B
@@ -100,7 +104,7 @@ class Row:
     done: Payload | None = None
     refusal: Refusal | None = None
     silent: bool = False
-    asks: bool = False
+    asks: bool | None = None
     variants: tuple[Variant, ...] = field(default=(), repr=False)
     unserved: str = ""
     note: str = ""
@@ -347,6 +351,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
         request=(PostcopyAck,),
         gate=_offered(P.PAGEFAULT),
         rules=(rules.bases_exchanged,),
+        asks=False,
         note="no request of its own: under the id of the last memory message, or 0, while postcopy waits for it",
     )
 

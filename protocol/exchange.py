@@ -262,14 +262,15 @@ class Client:
     ) -> Outgoing:
         """The bytes of a request. Without an answer to come, what it changes is changed at once, else when that comes.
 
-        need_reply asks for an ack; without REPLY_ACK only messages with a reply of their own may have it. Raises
-        LocalProtocolError for whatever the peer would have to reject.
+        need_reply asks for an ack; without REPLY_ACK only messages with a reply of their own may have it, and some have
+        it always or never (Row.asks). Raises LocalProtocolError for whatever the peer would have to reject.
         """
         payload = payload or Empty()
         row = self._check(code, payload, fds)
+        need_reply = need_reply if row.asks is None else row.asks
         if need_reply and not row.reply and not self._state.has(ProtocolFeature.REPLY_ACK):
             raise LocalProtocolError(code, "need_reply without REPLY_ACK would wait for ever", clause=_REPLY_ACK)
-        flags = VERSION | (NEED_REPLY if need_reply or row.asks else 0)
+        flags = VERSION | (NEED_REPLY if need_reply else 0)
         data = encode(self._wire_id(code), flags, payload)
         if row.reply or need_reply:
             self._sent.append(_Sent(row, payload))

@@ -18,7 +18,8 @@ def admit_all(header: Header, fds: int) -> None:
 def test_a_message_in_pieces_is_the_same_message(cuts: list[int]) -> None:
     """Some front-ends write header and payload one by one, and a stream socket may cut anywhere."""
     reader = Reader(admit_all)
-    left, fds, frame = MESSAGE, (3, 4), None
+    left, frame = MESSAGE, None
+    fds: tuple[int, ...] = (3, 4)
     sizes = iter(cuts)
     while left:
         size = min(next(sizes, 20), reader.wanted)
