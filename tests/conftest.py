@@ -1,7 +1,6 @@
 """Fixtures that several groups of tests share."""
 
 import asyncio
-import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -79,7 +78,7 @@ def open_fds() -> dict[int, str]:
     found = {}
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            found[int(entry.name)] = os.readlink(entry)
+            found[int(entry.name)] = str(entry.readlink())
         except OSError:  # the directory's own
             continue
     return found

@@ -17,7 +17,7 @@ ALLOWED = {
     "postcopy": {"protocol", "memory", "uffd"},
     "channel": {"protocol"},
     "device": {"protocol", "virtqueue", "dataplane"},
-    "dataplane": {"protocol", "device", "virtqueue"},
+    "dataplane": {"protocol", "device", "memory", "virtqueue"},
     "ring": RUNTIME - {"channel"},
     "connection": RUNTIME | {"backend_channel"},
     "backend_channel": {"protocol", "channel"},

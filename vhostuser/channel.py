@@ -99,7 +99,7 @@ class Channel:
             try:
                 data, ancillary, flags, _ = self._sock.recvmsg(wanted, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
-                await self._ready(self._loop.add_reader, self._loop.remove_reader)
+                await readable(self._sock)
             except ConnectionError:
                 return b"", Fds()
             else:
@@ -116,17 +116,9 @@ class Channel:
             try:
                 sent = self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
             except BlockingIOError:
-                await self._ready(self._loop.add_writer, self._loop.remove_writer)
+                await _writable(self._sock)
             else:
                 rest, ancillary = rest[sent:], []
-
-    async def _ready(self, watch, unwatch) -> None:  # type: ignore[no-untyped-def]
-        ready = self._loop.create_future()
-        watch(self._sock, lambda: ready.done() or ready.set_result(None))
-        try:
-            await ready
-        finally:
-            unwatch(self._sock)
 
     def end(self) -> None:
         """Shuts the connection down: the reader sees the end of the stream, as does the peer."""
@@ -143,6 +135,27 @@ class Channel:
         self._hangup.close()
         self.end()
         self._sock.close()
+
+
+async def readable(source: int | socket.socket) -> None:
+    """Waits until a descriptor or socket has something to read; stops watching it before it returns."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(source, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(source)
+
+
+async def _writable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_writer(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_writer(sock)
 
 
 def _owned(ancillary: list[tuple[int, int, bytes]], flags: int) -> Fds:

@@ -20,8 +20,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
-from vhostuser.memory import explain
 from vhostuser.device import Device, Engine
+from vhostuser.memory import explain
 from vhostuser.protocol import QueueBroken
 from vhostuser.virtqueue import DeviceQueue, Request
 

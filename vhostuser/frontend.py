@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from vhostuser.channel import Channel, Fds
+from vhostuser.channel import Channel, Fds, readable
 from vhostuser.memory import GuestMemory, Region
 from vhostuser.protocol import (
     U64,
@@ -78,13 +78,13 @@ class FrontendRing:
 
     async def called(self) -> None:
         """Waits for the back-end's notification."""
-        await _readable(self.call_fd)
+        await readable(self.call_fd)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.call_fd)
 
     async def broken(self) -> None:
         """Waits until the back-end says that the ring is broken."""
-        await _readable(self.err_fd)
+        await readable(self.err_fd)
 
     def close(self) -> None:
         for fd in (self.kick_fd, self.call_fd, self.err_fd):
@@ -220,13 +220,3 @@ class Frontend:
         payload, _ = await self.request(FrontendRequest.GET_VRING_BASE, VringState(ring.index))
         assert isinstance(payload, VringState)
         return payload.num
-
-
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
-    try:
-        await ready
-    finally:
-        loop.remove_reader(fd)
