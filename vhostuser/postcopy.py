@@ -1,7 +1,8 @@
 """The back-end's half of postcopy, for one connection, and the record of memory that has holes.
 
-What belongs here: the effects of the handshake on descriptors and mappings, in the order that keeps pages from being filled
-with zeros. What does not: which message is allowed when (``protocol.postcopy``), and bringing pages: the front-end does.
+What belongs here: the effects of the handshake on descriptors and mappings, in the order that keeps pages from being
+filled with zeros. What does not: which message is allowed when (``protocol.postcopy``), and bringing pages: the
+front-end does.
 
 Nothing here touches guest memory. All methods belong to the control thread.
 """
@@ -12,10 +13,11 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from vhostuser.memory import GuestMemory, Region
+from vhostuser.memory import GuestMemory, MemoryLost, Region
 from vhostuser.protocol import RequestRefused
 from vhostuser.uffd import NotPermitted, TouchPool, Userfaultfd
 
@@ -27,9 +29,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 class Postcopy:
     """Owns the userfaultfd that is shared with the front-end, from ADVISE until END or until the front-end is lost.
 
-    A fault in a registered region goes to the front-end, which reads it from its duplicate of the descriptor, brings the page
-    and wakes us. ``pool``: the touch threads of the process. ``device_fd``: as in ``Userfaultfd.open``. ``record``: what END
-    clears; the connection adds to it.
+    A fault in a registered region goes to the front-end, which reads it from its duplicate of the descriptor, brings
+    the page and wakes us. ``pool``: the touch threads of the process. ``device_fd``: as in ``Userfaultfd.open``.
+    ``record``: what END clears; the connection adds to it.
     """
 
     def __init__(self, pool: TouchPool, *, device_fd: int = -1, record: MemoryRecord | None = None) -> None:
@@ -60,20 +62,24 @@ class Postcopy:
     def listen(self) -> None:
         """From here memory has holes. Again: nothing. Raises RequestRefused without ``advise``."""
         self._shared()
-        if not self._listening and self._record is not None:
-            self._record.forget()
         self._listening = True
 
     def register(self, regions: Iterable[Region]) -> None:
         """Makes regions usable that were mapped out of reach: the front-end now knows where they are.
 
-        Raises OSError if the kernel will not have a region; it then stays out of reach.
+        Raises RequestRefused if the kernel will not watch a region, which then stays out of reach.
         """
         uffd = self._shared()
         for region in regions:
-            region.no_huge()
-            uffd.register(region.base, region.length)
-            region.reveal()
+            try:
+                region.no_huge()
+                uffd.register(region.base, region.length)
+            except OSError as error:
+                raise RequestRefused(
+                    f"{region}: userfaultfd cannot watch it ({error.strerror}): share a memfd, tmpfs or hugetlbfs file"
+                ) from None
+            with suppress(MemoryLost):  # released before the front-end acknowledged it
+                region.reveal()
 
     def release(self, region: Region) -> None:
         """Before the front-end is told that it may forget ``region``: whoever waits in it gets an error.
@@ -84,17 +90,22 @@ class Postcopy:
         self._shared().unregister(region.base, region.length)
 
     def end(self, memory: GuestMemory) -> None:
-        """Every page has arrived. What was never sent is a hole for good and reads as zeros. Again: nothing."""
+        """Every page has arrived. What was never sent is a hole for good and reads as zeros. Again: nothing.
+
+        Call it before anything that waits for requests under way: nobody answers a fault any more, and one of the last
+        pages may have come between a thread's look at it and its falling asleep. This wakes that thread.
+        """
         self._part(memory)
         if self._record is not None:
             self._record.forget()
 
     def revoke(self, memory: GuestMemory) -> None:
-        """The front-end is lost while pages may be missing: nobody touches ``memory`` any more, whoever waits gets an error.
+        """The front-end is lost: where pages may be missing nobody touches ``memory`` again; who waits gets an error.
 
-        Closing the userfaultfd first would have the kernel place zero pages, for the whole guest and for good. The record
-        stays: the next front-end may bring the same memory. Takes 10 ms per GiB of mapped pages; raises OSError if the
-        kernel refuses, and then leaves the userfaultfd open, since waiting is better than zeros. Again: nothing.
+        Closing the userfaultfd first would have the kernel place zero pages, for the whole guest and for good. The
+        record stays: the next front-end may bring the same memory. Takes 10 ms per GiB of mapped pages; raises
+        OSError if the kernel refuses, and then leaves the userfaultfd open, since waiting is better than zeros.
+        Again: nothing.
         """
         if self._listening:
             memory.revoke()
@@ -107,18 +118,18 @@ class Postcopy:
 
     def _part(self, memory: GuestMemory) -> None:
         """Unregisters and closes. The front-end may hold its duplicate for ever, so closing ours would wake nobody."""
-        uffd, self._uffd = self._uffd, None
-        if uffd is None:
+        if self._uffd is None:
             return
         if self._listening:
             for region in memory.regions:
-                uffd.unregister(region.base, region.length)
+                self._uffd.unregister(region.base, region.length)
         self._listening = False
-        uffd.close()
+        self._uffd.close()
+        self._uffd = None
 
 
 class _File(NamedTuple):
-    """A file of guest memory, as well as it can be told from others: inode numbers are used again, and start anew at boot."""
+    """A file of guest memory. Inode numbers are used again, and start anew at boot, so they are not all."""
 
     boot: str
     device: int
@@ -129,9 +140,9 @@ class _File(NamedTuple):
 class MemoryRecord:
     """Remembers, in a small file, which guest memory a postcopy migration has left with holes.
 
-    A front-end that loses its back-end in postcopy sends the new one an ordinary memory table and no word of the missing
-    pages. Whoever touches one then fills it with zeros before the front-end can place it, and the migration dies. A process
-    that is restarted reads the file; content that is none of ours counts as an empty record.
+    A front-end that loses its back-end in postcopy sends the new one an ordinary memory table and no word of the
+    missing pages. Whoever touches one then fills it with zeros before the front-end can place it, and the migration
+    dies. A process that is restarted reads the file; content that is none of ours counts as an empty record.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,7 +151,7 @@ class MemoryRecord:
         self._files = self._read()
 
     def add(self, fds: Iterable[int]) -> None:
-        """Remembers the files behind ``fds``. If the record cannot be written that is logged and counts for nothing more."""
+        """Remembers the files behind ``fds``. That the record cannot be written is logged, no more."""
         self._store(self._files | {self._identify(os.fstat(fd)) for fd in fds})
 
     def holds(self, fd: int) -> bool:
@@ -170,7 +181,7 @@ class MemoryRecord:
             )
         except FileNotFoundError:
             return frozenset()
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             log.warning("%s: not a record of guest memory, taken for an empty one: %s", self._path, error)
             return frozenset()
         return frozenset(file for file in files if file.boot == self._boot)

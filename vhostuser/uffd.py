@@ -1,7 +1,7 @@
 """userfaultfd: the descriptor that makes missing pages somebody's business, and the threads that touch such pages.
 
-What belongs here: the typed face of native/uffd.c and native/touch.c, and what to tell a user who is not permitted to have
-a userfaultfd. What does not: when to register and when to wake (``postcopy``).
+What belongs here: the typed face of native/uffd.c and native/touch.c, and what to tell a user who is not permitted to
+have a userfaultfd. What does not: when to register and when to wake (``postcopy``).
 
 A userfaultfd belongs to the address space of the process that opened it: every address below is one of that process.
 """
@@ -25,7 +25,7 @@ DEVICE = "/dev/userfaultfd"
 
 
 class Feature(enum.IntFlag):
-    """What a kernel's userfaultfd can do, as far as it concerns shared memory (UFFD_FEATURE_ in linux/userfaultfd.h)."""
+    """What a kernel's userfaultfd can do, the part that matters here (UFFD_FEATURE_ in linux/userfaultfd.h)."""
 
     MISSING_HUGETLBFS = 1 << 4
     MISSING_SHMEM = 1 << 5
@@ -63,9 +63,9 @@ class NotPermitted(VhostUserError):
 class Userfaultfd:
     """Owns one userfaultfd. It is never closed by accident: call ``close``, or use it as a context manager.
 
-    Closing the last descriptor while pages are missing makes the kernel fill them with zeros for everybody who shares the
-    memory, hence no finaliser. Methods are system calls that never touch guest memory; they raise OSError with the kernel's
-    errno. Addresses and lengths are bytes, multiples of the page size of the memory.
+    Closing the last descriptor while pages are missing makes the kernel fill them with zeros for everybody who shares
+    the memory, hence no finaliser. Methods are system calls that never touch guest memory; they raise OSError with
+    the kernel's errno. Addresses and lengths are bytes, multiples of the page size of the memory.
     """
 
     def __init__(self, fd: int) -> None:
@@ -73,11 +73,12 @@ class Userfaultfd:
         self._fd = fd
 
     @classmethod
-    def open(cls, device_fd: int = -1, features: Feature = Feature(0)) -> Self:
-        """Opens one that sees faults in system calls too: by ``device_fd``, a descriptor of /dev/userfaultfd that stays the
-        caller's, or if that is -1 by /dev/userfaultfd and else by userfaultfd(2).
+    def open(cls, device_fd: int = -1, features: int = 0) -> Self:
+        """Opens one that sees faults in system calls too: by ``device_fd``, a descriptor of /dev/userfaultfd that
+        stays the caller's, or if that is -1 by /dev/userfaultfd and else by userfaultfd(2).
 
-        Raises NotPermitted. UFFD_USER_MODE_ONLY is never asked for: reading from a file into a missing page would give EFAULT.
+        Raises NotPermitted. UFFD_USER_MODE_ONLY is never asked for: reading from a file into a missing page would
+        give EFAULT.
         """
         return cls(_through(_ways(device_fd), lambda fd: lib.vu_uffd_open(fd, features)))
 
@@ -85,8 +86,8 @@ class Userfaultfd:
     def probe(device_fd: int = -1) -> Feature:
         """The features of the kernel, by a throw-away descriptor; bits that have no name here are left out.
 
-        Raises NotPermitted where postcopy cannot be offered: none may be opened, or missing pages of shmem and of hugetlbfs
-        are not both reported.
+        Raises NotPermitted where postcopy cannot be offered: none may be opened, or missing pages of shmem and of
+        hugetlbfs are not both reported.
         """
         found = ffi.new("uint64_t *")
         _through(_ways(device_fd), lambda fd: lib.vu_uffd_features(fd, found))
@@ -113,11 +114,13 @@ class Userfaultfd:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def register(self, host: int, length: int, mode: Mode = Mode.MISSING) -> int:
-        """Reports faults in the range from now on; returns a mask of the kernel's ioctl numbers that it allows there."""
+        """Reports faults in the range from now on; returns the mask of ioctl numbers that the kernel allows there."""
         ioctls = ffi.new("uint64_t *")
         _check(lib.vu_uffd_register(self._fd, host, length, mode, ioctls))
         return int(ioctls[0])
@@ -208,7 +211,7 @@ class _Device:
 
     def cure(self, number: int) -> str:
         if number in (errno.EACCES, errno.EPERM):
-            return f"setfacl -m u:{os.geteuid()}:rw {DEVICE}, or open it with more rights and pass its descriptor (--uffd-fd)"
+            return f"setfacl -m u:{os.geteuid()}:rw {DEVICE}, or have it opened for us and passed (--uffd-fd)"
         return "Linux 6.1 or later has this device, a container must be given it"
 
 
@@ -259,18 +262,19 @@ class FaultStats:
     blocked_ns: int
     """Nanoseconds, the sum over all waits."""
     histogram: tuple[int, ...]
-    """Waits by duration: element n counts those of 2**n up to 2**(n + 1) microseconds, element 0 those below 2 as well."""
+    """Waits by duration: element n counts those of 2**n up to 2**(n + 1) microseconds, element 0 all below 2."""
 
 
 class TouchPool:
     """Threads that touch missing pages several at once; one for a process. They start when first needed.
 
-    Daemon threads, since one that waits for a page would hold up the exit of the process, with all signals but SIGBUS and
-    SIGSEGV blocked: a thread that a handled signal hits in a kernel-mode fault returns to the fault at once and spins.
+    Daemon threads, since one that waits for a page would hold up the exit of the process, with all signals but SIGBUS
+    and SIGSEGV blocked: a thread that a handled signal hits in a kernel-mode fault returns to the fault at once and
+    spins.
 
-    threads: how many pages can be asked for at a time. A request over 32 missing pages takes about 32 / threads round trips
-    to whoever brings the pages. capacity: pages waiting to be asked for; when there are more, whoever wants one touches it
-    himself.
+    threads: how many pages can be asked for at a time. A request over 32 missing pages takes about 32 / threads round
+    trips to whoever brings the pages. capacity: pages waiting to be asked for; when there are more, whoever wants one
+    touches it himself.
     """
 
     def __init__(self, threads: int = 32, capacity: int = 4096) -> None:
@@ -319,7 +323,7 @@ class TouchPool:
         }
 
     def close(self) -> None:
-        """Ends the threads and frees the pool, which no queue may have any more. Waits for those that wait for a page."""
+        """Ends the threads and frees the pool, which no queue may have any more. Waits for those in a fault."""
         lib.vu_touch_stop(self._touch)
         for thread in self._threads:
             thread.join()

@@ -1,7 +1,7 @@
 """Guest memory with holes, and everything that is needed to wait in them: real userfaultfds, no sockets, no QEMU.
 
-The test itself is the front-end: it reads the faults and places the pages, when and in what order it likes. That works in
-one process because whoever waits does so in C with the GIL released. Never touch ``Guest.base`` from Python.
+The test itself is the front-end: it reads the faults and places the pages, when and in what order it likes. That
+works in one process because whoever waits does so in C with the GIL released. Never touch ``Guest.base`` from Python.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def content(page: int, page_size: int) -> bytes:
 
 
 class Guest:
-    """Guest memory at guest address 0: a driver's ring in the first pages, all others missing on the device's mapping."""
+    """Guest memory at guest address 0: a driver's ring in the first pages, the others are missing."""
 
     def __init__(self, page_size: int = SMALL, pages: int = 40, *, ring: int = 32, ring_missing: bool = False) -> None:
         self.page_size, self.pages = page_size, pages
@@ -259,6 +259,11 @@ class Background:
         self._thread.join(PATIENCE)
         assert self.done, "the call never came back"
         return self._result
+
+
+@pytest.fixture(name="readable")
+def wait_until_readable() -> Callable[[int], bool]:
+    return readable
 
 
 @pytest.fixture

@@ -92,7 +92,9 @@ def test_queues_share_pages_too(guests: Guests, pool: TouchPool) -> None:
     ffi.release(other)
 
 
-def test_one_page_and_nothing_else_to_do_is_touched_by_the_caller(guests: Guests, pool: TouchPool, background: Any) -> None:
+def test_one_page_and_nothing_else_to_do_is_touched_by_the_caller(
+    guests: Guests, pool: TouchPool, background: Any
+) -> None:
     guest = guests()
     chain = guest.chain(5)
     submitted = background(lambda: guest.submit(chain, alone=True))
