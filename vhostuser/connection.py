@@ -194,6 +194,8 @@ class Connection:
         try:
             if request.refusal is not None:
                 raise request.refusal
+            if request.row.unserved:
+                raise RequestRefused(request.row.unserved)
             return await handler(self, request) if handler is not None else None
         except RequestRefused as refusal:
             log.warning("%s: %s refused: %s", self.name, request.row, refusal)
@@ -371,13 +373,12 @@ class Connection:
             self._memory = memory
         return Reply(SingleRegion(self._based(description))) if self._listening else None
 
-    async def _rem_mem_reg(self, request: Request) -> Reply | None:
+    async def _rem_mem_reg(self, request: Request) -> None:
         gone = _payload(request, SingleRegion).region
         region = self._memory.find(gone.guest, gone.size, gone.user)
         self._release(region)
         async with self._halted():
             self._memory = self._memory.remove(region)
-        return Reply(SingleRegion(gone)) if self._listening else None
 
     def _release(self, region: Region) -> None:
         """In postcopy: whoever waits in a region that goes away must stop waiting before its rings can halt."""
