@@ -1,0 +1,63 @@
+"""The C files without Python: no warning of either compiler, and no finding of the address and undefined sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NATIVE = ROOT / "vhostuser" / "native"
+STRICT = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}"]
+SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SEEDS, ROUNDS = (1, 20261121), 3000
+
+
+def _clang() -> str | None:
+    named = shutil.which("clang")
+    return named or next((str(path) for path in sorted(Path("/usr/bin").glob("clang-[0-9]*"))), None)
+
+
+def compilers() -> list[str]:
+    return [found for found in (shutil.which("gcc"), _clang()) if found]
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=compilers(), ids=lambda path: Path(path).name)
+def rings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("native") / "rings"
+    sources = [ROOT / "tests/native/rings.c", *sorted(NATIVE.glob("*.c"))]
+    run(request.param, *STRICT, *SANITIZED, *sources, "-pthread", "-o", program)
+    return program
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_ring_makes_the_native_code_leave_its_memory(rings: Path, seed: int) -> None:
+    """To look further: tests/native/rings.c, any seed, any number of rounds."""
+    assert run(rings, str(seed), str(ROUNDS)) == "ok\n"
+
+
+@pytest.mark.parametrize("compiler", compilers(), ids=lambda path: Path(path).name)
+def test_no_warnings_where_the_optimiser_looks_hardest_and_no_public_name_without_prefix(
+    compiler: str, tmp_path: Path
+) -> None:
+    for source in sorted(NATIVE.glob("*.c")):
+        compiled = tmp_path / f"{source.stem}.o"
+        run(compiler, *STRICT, "-O2", "-c", source, "-o", compiled)
+        names = [line.split()[-1] for line in run("nm", "--defined-only", "--extern-only", compiled).splitlines()]
+        assert all(name.startswith("vu_") for name in names), source.name
+
+
+def test_what_the_native_code_may_not_do() -> None:
+    """No Python, no stdio, no way to end the process, no threads of its own."""
+    for source in NATIVE.glob("*.[ch]"):
+        text = source.read_text()
+        for forbidden in ("Python.h", "stdio.h", "assert.h", "abort(", " exit(", "pthread_create"):
+            assert forbidden not in text, f"{source.name}: {forbidden}"
