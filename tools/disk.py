@@ -6,8 +6,6 @@ What belongs here: the options of the disk. What does not: those that every back
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -19,16 +17,7 @@ from vhostuser.tools.service import Failure, Parser, number
 
 def serve(program: str, arguments: Sequence[str]) -> NoReturn:
     """Runs until a signal or the last front-end ends it; ends the process."""
-    parser = _parser(program)
-    options = parser.parse_args(arguments)
-    service.check_options(parser, options, os.environ)
-    try:
-        disk = _disk(options)
-        service.run(program, options, disk, beside=disk.watch)
-    except Failure as failure:
-        print(f"{program}: {failure}", file=sys.stderr)
-        service.leave(1)
-    service.leave(0)
+    service.serve(_parser(program), arguments, _disk, beside=Blk.watch)
 
 
 def _parser(program: str) -> Parser:
@@ -56,7 +45,7 @@ def _parser(program: str) -> Parser:
     parser.add_argument(
         "--poll-us", metavar="N", type=number(0, 10000), default=POLL_US, help="poll an idle ring so long"
     )
-    service.add_options(parser)
+    parser.add_argument("--print-capabilities", action="store_true", help="print the capabilities as JSON and exit")
     return parser
 
 

@@ -33,7 +33,9 @@ class Endpoint:
     """A listening socket, a connected one, or a path to connect to (then ``sock`` is None)."""
 
     name: str
-    """The path, or what else names it in the log."""
+    """What names it in the log."""
+    path: str = ""
+    """Of the socket file, where there is one."""
     sock: socket.socket | None = None
     listening: bool = False
     file: SocketFile | None = None
@@ -41,7 +43,7 @@ class Endpoint:
     async def attend(self, backend: Backend, *, once: bool) -> None:
         """Serves front-ends; returns when no other will come."""
         if self.sock is None:
-            await backend.connect(self.name, once=once)
+            await backend.connect(self.path, once=once)
         elif self.listening:
             await backend.listen(self.sock, once=once)
         else:
@@ -65,13 +67,14 @@ def inherited(fd: int) -> Endpoint:
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             raise EndpointError(f"{name}: not a Unix stream socket")
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            path = sock.getsockname()
-            return Endpoint(path if isinstance(path, str) and path else name, sock, listening=True)
+            bound = sock.getsockname()
+            path = bound if isinstance(bound, str) else ""  # an abstract one is bytes
+            return Endpoint(path or name, path, sock, listening=True)
         sock.getpeername()
     except OSError as error:
         known = {errno.ENOTSOCK: "not a socket", errno.ENOTCONN: "a socket that is neither listening nor connected"}
         raise EndpointError(f"{name}: {known.get(error.errno or 0, error.strerror)}") from None
-    return Endpoint(name, sock)
+    return Endpoint(name, sock=sock)
 
 
 def passed_fds(environ: MutableMapping[str, str]) -> int:
@@ -99,7 +102,7 @@ def listen(path: str, *, mode: int = 0o600, group: int | None = None) -> Endpoin
     Raises EndpointError.
     """
     file = SocketFile(path)
-    return Endpoint(path, file.create(mode, group), listening=True, file=file)
+    return Endpoint(path, path, file.create(mode, group), listening=True, file=file)
 
 
 class SocketFile:

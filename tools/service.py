@@ -15,9 +15,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, MutableMapping
+from collections.abc import Callable, Coroutine, MutableMapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from vhostuser.backend import Backend
 from vhostuser.dataplane import new_event_loop
@@ -25,6 +26,9 @@ from vhostuser.device import Device
 from vhostuser.tools.endpoint import Endpoint, EndpointError, inherited, listen, passed, passed_fds
 
 log = logging.getLogger("vhostuser")
+
+D = TypeVar("D", bound=Device)
+Beside = Callable[[], Coroutine[Any, Any, None]]
 
 # How long a stop may take before the process leaves without it, in seconds. What was acknowledged is in the page cache
 # by then, so nothing is lost; and a service manager kills after a few seconds.
@@ -85,7 +89,6 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--once", action="store_true", help="exit when the first front-end has gone")
     parser.add_argument("--socket-group", metavar="GROUP", type=_group, help="group of the socket file")
     parser.add_argument("--socket-mode", metavar="MODE", type=_mode, default=0o600, help="octal, default 0600")
-    parser.add_argument("--print-capabilities", action="store_true", help="print the capabilities as JSON and exit")
     parser.add_argument("--log-level", choices=_LEVELS, default="info", help="default info")
     parser.add_argument("--postcopy", choices=("auto", "off"), default="auto", help="auto: offered where permitted")
     parser.add_argument(
@@ -110,7 +113,7 @@ def open_endpoint(options: argparse.Namespace, environ: MutableMapping[str, str]
         if options.socket_path is None:
             return passed(environ)
         if options.connect:
-            return Endpoint(options.socket_path)
+            return Endpoint(options.socket_path, options.socket_path)
         return listen(options.socket_path, mode=options.socket_mode, group=options.socket_group)
     except EndpointError as error:
         raise Failure(str(error)) from None
@@ -156,26 +159,48 @@ def notify(message: str, environ: MutableMapping[str, str]) -> None:
 # ---- the process
 
 
-def run(
-    program: str,
-    options: argparse.Namespace,
-    device: Device,
-    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
-) -> None:
-    """Serves ``device`` until a signal or the last front-end ends it. Raises Failure.
+def serve(
+    parser: Parser,
+    arguments: Sequence[str],
+    open_device: Callable[[argparse.Namespace], D],
+    beside: Callable[[D], Coroutine[Any, Any, None]] | None = None,
+) -> NoReturn:
+    """A whole back-end program: reads its options, serves until a signal or the last front-end ends it, then exits.
 
-    ``beside`` runs on the control thread as long as front-ends are served.
+    ``parser`` has the device's own options; ``open_device`` makes the device of them, and raises Failure when it cannot
+    work. ``beside`` runs on the control thread while front-ends are served.
+
+    Status 0 after a clean end, signals included; 1 after a failure and 2 for wrong options, with one line on stderr.
     """
-    loop = new_event_loop()
-    asyncio.set_event_loop(loop)
-    loop.run_until_complete(_Service(program, options, device).serve(beside))
-
-
-def leave(status: int) -> NoReturn:
-    """Ends the process at once: a thread that waits for a page of a lost guest would hold up any other exit."""
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    check_options(parser, options, os.environ)
+    status = 0
+    try:
+        device = open_device(options)
+        loop = new_event_loop()
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(
+            _Service(parser.prog, options, device).serve(partial(beside, device) if beside else None)
+        )
+    except Failure as failure:
+        print(f"{parser.prog}: {failure}", file=sys.stderr)
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(status)  # a thread that waits for a page of a lost guest would hold up any other exit
+
+
+def serve_device(make: Callable[[], Device], arguments: Sequence[str] | None = None) -> NoReturn:
+    """A whole back-end program for a device without options of its own: ``serve_device(MyDevice)``.
+
+    ``arguments`` are those of the command line by default; see ``serve`` for how it ends.
+    """
+    program = Path(sys.argv[0]).name
+    parser = Parser(
+        program, (make.__doc__ or "Serves a device to a virtual machine over vhost-user.").partition("\n")[0]
+    )
+    serve(parser, sys.argv[1:] if arguments is None else arguments, lambda _: make())
 
 
 class _Service:
@@ -187,10 +212,10 @@ class _Service:
         self._device = device
         self._stop = asyncio.Event()
 
-    async def serve(self, beside: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+    async def serve(self, beside: Beside | None) -> None:
         loop = asyncio.get_running_loop()
-        for number_ in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number_, self._stop.set)
+        for end in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(end, self._stop.set)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         endpoint = open_endpoint(self._options, os.environ)
         try:
@@ -204,18 +229,15 @@ class _Service:
 
     def _backend(self, endpoint: Endpoint) -> Backend:
         options = self._options
-        beside_socket = Path(f"{endpoint.name}.postcopy") if endpoint.name.startswith("/") else None
         return Backend(
             self._device,
             postcopy=options.postcopy == "auto",
             uffd_device=options.uffd_fd,
-            record=beside_socket,
+            record=Path(f"{endpoint.path}.postcopy") if endpoint.path else None,
             mem_slots=options.mem_slots,
         )
 
-    async def _attend(
-        self, endpoint: Endpoint, backend: Backend, beside: Callable[[], Coroutine[Any, Any, None]] | None
-    ) -> None:
+    async def _attend(self, endpoint: Endpoint, backend: Backend, beside: Beside | None) -> None:
         """Until the last front-end has gone, or the stop, which does not wait longer than the patience."""
         attending = asyncio.ensure_future(endpoint.attend(backend, once=self._options.once))
         stopped = asyncio.ensure_future(self._stop.wait())
