@@ -1,0 +1,197 @@
+"""Block requests per second, ours against qemu-storage-daemon's, and a Python device against the native engine.
+
+    python tests/bench/blk.py [--seconds=1] [--rounds=3]
+
+One image on tmpfs, one queue, random requests of 4 KiB, the same load in C for all (native/load.c). The servers take
+turns, so that a slow moment of the machine hits all of them; the median round counts. Only the ratios mean anything
+elsewhere. Status 1 if one is below what the project promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from vhostuser._native import ffi, lib  # noqa: E402
+from vhostuser.frontend import Frontend, FrontendRing, SharedMemory  # noqa: E402
+from vhostuser.virtqueue import DriverQueue  # noqa: E402
+
+IMAGE = 64 << 20
+BLOCK = 4096
+BUFFERS = 1 << 20
+LOG_ALL = 1 << 26
+REPLY_ACK = 1 << 3  # libvhost-user 7.2 answers requests that carry NEED_REPLY with wrong flags
+CASES = [(1, False), (1, True), (32, False), (32, True)]
+# By depth: what our engine must reach as a multiple of qemu-storage-daemon's rate.
+MUST = {1: 1.2, 32: 2.5}
+PYTHON_MUST, PYTHON_GOAL = 0.3, 0.5
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of one case: requests per second, and the CPU seconds that a million requests took on both sides."""
+
+    rate: float
+    server_cpu: float
+    driver_cpu: float
+
+
+@dataclass
+class Server:
+    """A back-end process that listens on ``path``."""
+
+    name: str
+    path: Path
+    process: subprocess.Popen[bytes]
+
+    def cpu(self) -> float:
+        """CPU seconds that it has used so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def serve(name: str, path: Path, command: Sequence[str]) -> Iterator[Server]:
+    """Runs a back-end until the end of the block."""
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        try:
+            while not path.exists():
+                if process.poll() is not None:
+                    raise SystemExit(f"{name} ended with status {process.returncode}")
+                time.sleep(0.02)
+            yield Server(name, path, process)
+        finally:
+            process.terminate()
+
+
+def commands(directory: Path, image: Path) -> dict[str, list[str]]:
+    """What each server is started with; its socket is named like it."""
+    qemu = f"driver=file,node-name=f,filename={image},cache.direct=off,locking=off"
+    export = f"vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={directory}/qemu,writable=on,num-queues=1"
+    ours = [sys.executable, "-m", "vhostuser.tools.blk", f"--blk-file={image}", "--log-level=warn"]
+    python = [sys.executable, str(ROOT / "examples/ramdisk.py"), "--log-level=warn"]
+    return {
+        "qemu": ["qemu-storage-daemon", "--blockdev", qemu, "--export", export],
+        "engine": [*ours, f"--socket-path={directory}/engine"],
+        "python": [*python, f"--socket-path={directory}/python"],
+    }
+
+
+async def run(server: Server, depth: int, write: bool, seconds: float) -> Round:
+    """One case on a fresh connection."""
+    memory = SharedMemory((0, BUFFERS + depth * (BLOCK + 64)))
+    async with await Frontend.connect(str(server.path)) as frontend:
+        await frontend.negotiate(features=~LOG_ALL, protocol_features=~REPLY_ACK)
+        await frontend.set_memory(memory)
+        ring = FrontendRing(0, DriverQueue(memory.map, 0, 128, event_idx=True, indirect=True))
+        await frontend.start_ring(ring, memory)
+        before = server.cpu()
+        result, driver_cpu = await asyncio.to_thread(load, ring, memory, depth, write, seconds)
+        millions = result.completed / 1e6
+        done = Round(
+            result.completed / result.elapsed_ns * 1e9, (server.cpu() - before) / millions, driver_cpu / millions
+        )
+        await frontend.stop_ring(ring)
+    ring.close()
+    memory.close()
+    return done
+
+
+def load(ring: FrontendRing, memory: SharedMemory, depth: int, write: bool, seconds: float):  # type: ignore[no-untyped-def]
+    """Runs the load on this thread; its result and the CPU seconds of the thread."""
+    asked = {
+        "driver": ring.queue.native,
+        "map": memory.map.native,
+        "at": BUFFERS,
+        "blocks": IMAGE // BLOCK,
+        "seed": 1,
+        "duration_ns": int(seconds * 1e9),
+        "depth": depth,
+        "length": BLOCK,
+        "write": write,
+        "kick": ring.kick_fd,
+        "call": ring.call_fd,
+    }
+    result = ffi.new("struct vu_load_result *")
+    before = time.thread_time()
+    code = lib.vu_load_run(ffi.new("struct vu_load *", asked), result)
+    if code or result.errors:
+        raise SystemExit(f"the load failed: code {code}, {result.errors} requests ended in an error")
+    return result, time.thread_time() - before
+
+
+def median(rounds: list[Round]) -> Round:
+    """The round in the middle, by rate."""
+    return sorted(rounds, key=lambda one: one.rate)[len(rounds) // 2]
+
+
+def report(results: dict[tuple[str, int, bool], list[Round]]) -> bool:
+    """Prints the table; whether every ratio is what it must be."""
+    print(f"{'':28}{'requests/s':>12}{'ratio':>8}{'must':>7}   CPU s per million: server, driver")
+    good = True
+    for depth, write in CASES:
+        base = {name: median(results[name, depth, write]) for name in ("qemu", "engine", "python")}
+        for name, one in base.items():
+            against, must = {
+                "qemu": (one, 0.0),
+                "engine": (base["qemu"], MUST[depth]),
+                "python": (base["engine"], PYTHON_MUST if depth > 1 else 0.0),
+            }[name]
+            ratio = one.rate / against.rate
+            spread = statistics.pstdev(r.rate for r in results[name, depth, write]) / one.rate
+            label = f"{'write' if write else 'read'} depth {depth:2} {name}"
+            limit = f"{must:7.1f}" if must else " " * 7
+            verdict = "" if ratio >= must else "  BELOW"
+            print(f"{label:28}{one.rate:12,.0f}{ratio:8.2f}{limit}{one.server_cpu:10.2f}{one.driver_cpu:8.2f}"
+                  f"   +-{spread:.0%}{verdict}")  # fmt: skip
+            good &= ratio >= must
+    print(f"engine: against qemu; python: handle() of examples/ramdisk.py against engine, goal {PYTHON_GOAL}")
+    return good
+
+
+async def measure(servers: list[Server], seconds: float, rounds: int) -> dict[tuple[str, int, bool], list[Round]]:
+    """Every case on every server, in turns."""
+    results: dict[tuple[str, int, bool], list[Round]] = {}
+    for _ in range(rounds):
+        for depth, write in CASES:
+            for server in servers:
+                one = await run(server, depth, write, seconds)
+                results.setdefault((server.name, depth, write), []).append(one)
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one case in one round, default 1")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3")
+    options = parser.parse_args()
+    if shutil.which("qemu-storage-daemon") is None:
+        raise SystemExit("qemu-storage-daemon is missing: apt-get install qemu-system-common")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name, contextlib.ExitStack() as running:
+        directory = Path(name)
+        image = directory / "image"
+        image.write_bytes(os.urandom(1 << 20) * (IMAGE >> 20))
+        servers = [
+            running.enter_context(serve(kind, directory / kind, command))
+            for kind, command in commands(directory, image).items()
+        ]
+        results = asyncio.run(measure(servers, options.seconds, options.rounds))
+    return 0 if report(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
