@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import select
 import signal
 import socket
 import stat
@@ -17,7 +19,12 @@ from typing import Any
 
 import pytest
 
+from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
+from vhostuser.protocol import FrontendRequest, PostcopyAck, ProtocolFeature
+from vhostuser.virtqueue import DriverQueue
+
 COMMAND = [sys.executable, "-m", "vhostuser.tools.blk"]
+LOG_ALL = 1 << 26
 GET_FEATURES = struct.pack("<III", 1, 1, 0)
 # Longer than anything here takes; only a failing test waits for it.
 PATIENCE = 20
@@ -412,3 +419,42 @@ def test_readiness_is_told_to_an_abstract_socket_too(path: Path, disk: Path) -> 
             assert manager.recv(100) == b"READY=1"
             process.terminate()
             assert manager.recv(100) == b"STOPPING=1"
+
+
+# ---- postcopy
+
+
+@pytest.mark.postcopy
+@pytest.mark.parametrize("number", [signal.SIGTERM, None])
+async def test_a_thread_that_waits_for_a_page_holds_up_neither_the_end_nor_the_next_front_end(
+    start: Callable[..., Program], path: Path, number: signal.Signals | None
+) -> None:
+    program = start(f"--socket-path={path}")
+    memory = SharedMemory((0, 1 << 20))
+    async with await Frontend.connect(str(path)) as frontend:
+        await frontend.negotiate(features=~LOG_ALL)
+        if not frontend.session.has(ProtocolFeature.PAGEFAULT):
+            pytest.skip("userfaultfd is not permitted here")
+        _, fds = await frontend.request(FrontendRequest.POSTCOPY_ADVISE)
+        await frontend.request(FrontendRequest.POSTCOPY_LISTEN)
+        await frontend.set_memory(memory)
+        await frontend.request(FrontendRequest.POSTCOPY_ACK, PostcopyAck())
+        ring = FrontendRing(0, DriverQueue(memory.map, 0, 16))
+        memory.map.write(0x8000, struct.pack("<IIQ", 0, 0, 0))
+        # The data lies in pages that are nowhere, and nobody brings them.
+        ring.queue.offer([(0x8000, 16)], [(0x10000, 8192), (0x8010, 1)])
+        ring.queue.publish()
+        await frontend.start_ring(ring, memory)
+        ring.kick()
+        assert (await asyncio.to_thread(select.select, [fds[0]], [], [], PATIENCE))[0], "it does not wait"
+        if number:
+            status, errors = await asyncio.to_thread(program.end, number)
+            assert (status, "Traceback" in errors) == (0, False)
+    if not number:
+        with closing(front_end(path)) as sock:
+            assert await asyncio.to_thread(answers, sock)
+        assert program.end(signal.SIGTERM)[0] == 0
+    assert os.fstat(memory.fds[0]).st_blocks <= 9 * 8, "pages were made up"
+    fds.close()
+    ring.close()
+    memory.close()
