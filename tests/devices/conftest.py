@@ -119,8 +119,6 @@ class Disk:
                 "flags": changes | self.read_only * lib.VU_BLK_READ_ONLY | self.writeback * lib.VU_BLK_WRITEBACK,
                 "sectors": self.sectors,
                 "block_size": self.block_size,
-                "max_discard_sectors": 64,
-                "max_write_zeroes_sectors": 64,
                 "max_segments": 8,
                 "poll_us": 0,
                 "serial": self.serial.ljust(20, b"\0"),

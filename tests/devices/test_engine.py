@@ -269,7 +269,7 @@ def test_the_unmap_flag_belongs_to_write_zeroes_only(disks: Any) -> None:
 
 
 def test_ranges_longer_than_announced_are_served_and_more_of_them_are_not(disks: Any) -> None:
-    disk = disks(40000)  # 64 sectors and 8 ranges are announced
+    disk = disks(40000)  # 8 ranges are announced
     assert disk.request(WRITE_ZEROES, 0, disk.ranges((100, 39000, 0))).status == OK
     assert disk.content() == disks.pattern(0, 100) + bytes(39000 * 512) + disks.pattern(39100, 40000)
     assert disk.request(DISCARD, 0, disk.ranges(*[(0, 1, 0)] * 9)).status == IOERR

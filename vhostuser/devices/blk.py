@@ -93,8 +93,6 @@ class BlkEngine:
                 | (lib.VU_BLK_WRITEBACK if writeback else 0),
                 "sectors": image.sectors,
                 "block_size": image.block_size,
-                "max_discard_sectors": _RANGE_SECTORS,
-                "max_write_zeroes_sectors": _RANGE_SECTORS,
                 "max_segments": _RANGES,
                 "poll_us": settings.poll_us,
                 "serial": settings.serial.encode().ljust(20, b"\0"),

@@ -267,7 +267,7 @@ struct vu_blk_config {
     uint32_t flags;        /* VU_BLK_ */
     uint64_t sectors;      /* of 512 bytes: the capacity that the guest sees */
     uint32_t block_size;   /* bytes: requests must be aligned to it */
-    uint32_t max_discard_sectors, max_write_zeroes_sectors, max_segments; /* limits that config space announces */
+    uint32_t max_segments; /* ranges in one discard or write-zeroes request: more are refused, longer ones are not */
     uint32_t poll_us;      /* how long an idle ring is polled before its thread sleeps */
     char serial[20];       /* padded with zero bytes, as GET_ID returns it */
 };
