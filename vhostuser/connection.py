@@ -111,8 +111,8 @@ class Connection:
             max_slots=mem_slots,
         )
         self._mem_slots = mem_slots
-        self._rings = [Ring(index) for index in range(device.queues)]
-        self._memory = GuestMemory()
+        self.rings = [Ring(index) for index in range(device.queues)]
+        self.memory = GuestMemory()
         self._unregistered: list[Region] = []
         self._holes: list[int] = []
         self._dirty_log: DirtyLog | None = None
@@ -206,22 +206,22 @@ class Connection:
         await self._channel.lost.wait()
         if self._postcopy is not None and self._postcopy.active:
             log.error("%s: the front-end was lost in postcopy: guest memory is given up", self.name)
-            self._postcopy.revoke(self._memory)
+            self._postcopy.revoke(self.memory)
 
     async def _close(self) -> None:
         if self._postcopy is not None:
-            self._postcopy.revoke(self._memory)
+            self._postcopy.revoke(self.memory)
         async with self._lock:
-            for ring in self._rings:
+            for ring in self.rings:
                 ring.drop_kick()
             await self._stop_what_may_not_run()
-        for ring in self._rings:
+        for ring in self.rings:
             ring.close()
         self._device.announce = tuple(fn for fn in self._device.announce if fn != self._announce)
         self._set_holes([])
         if self._backend_channel is not None:
             self._backend_channel.close()
-        self._memory, self._dirty_log, self._inflight = GuestMemory(), None, None
+        self.memory, self._dirty_log, self._inflight = GuestMemory(), None, None
         self._channel.close()
         await self.data.close()
 
@@ -249,7 +249,7 @@ class Connection:
     async def _settle(self) -> None:
         """Makes what runs equal to what may run. Call with the lock held."""
         await self._stop_what_may_not_run()
-        waiting = [ring for ring in self._rings if self._may_run(ring) and not ring.running]
+        waiting = [ring for ring in self.rings if self._may_run(ring) and not ring.running]
         if waiting and not self._device_started:
             await self.data.run(self._device.start(self._session.features))
             self._device_started = True
@@ -261,10 +261,10 @@ class Connection:
 
     async def _stop_what_may_not_run(self) -> None:
         """Call with the lock held. When nothing may run any more, the device is stopped before this returns."""
-        for ring in self._rings:
+        for ring in self.rings:
             if ring.running and not self._may_run(ring):
                 await ring.halt()
-        if self._device_started and not any(self._may_run(ring) for ring in self._rings):
+        if self._device_started and not any(self._may_run(ring) for ring in self.rings):
             self._device_started = False
             await self.data.run(self._device.stop())
 
@@ -273,7 +273,7 @@ class Connection:
         touch = self._postcopy.touch_pool() if self._postcopy is not None and self._postcopy.active else None
         logged = self._dirty_log if features & VirtioFeature.LOG_ALL.mask else None
         try:
-            queue = ring.open(self._memory, features, logged, self._inflight, touch)
+            queue = ring.open(self.memory, features, logged, self._inflight, touch)
         except QueueBroken as error:
             if ring.obstacle != str(error):
                 log.error("%s: ring %d cannot start: %s", self.name, ring.index, error)
@@ -301,7 +301,7 @@ class Connection:
     async def _halted(self, *rings: Ring) -> AsyncIterator[None]:
         """The rings (default: all) do not run inside; those that may are started again afterwards."""
         async with self._lock:
-            for ring in rings or self._rings:
+            for ring in rings or self.rings:
                 await ring.halt()
             yield
         self._changed.set()
@@ -314,7 +314,7 @@ class Connection:
 
     async def _set_features(self, request: Request) -> None:
         changes = _payload(request, U64).value ^ self._session.features
-        if changes and any(ring.running for ring in self._rings):
+        if changes and any(ring.running for ring in self.rings):
             # The halt alone is not enough: a ring must not be opened again before finish() has the new features.
             async with self._halted():
                 pass
@@ -335,7 +335,7 @@ class Connection:
 
     def _map(self, description: MemoryRegion, fd: int) -> Region:
         listening = self._listening
-        kept = self._memory.same(description, fd)
+        kept = self.memory.same(description, fd)
         if kept is not None:
             return kept
         region = Region.map(fd, description, at_user=listening, hidden=listening)
@@ -354,31 +354,31 @@ class Connection:
         fds = _fds(request)
         memory = GuestMemory(tuple(self._map(region, fd) for region, fd in zip(table.regions, fds, strict=True)))
         self._remember(fds)
-        for region in self._memory.regions:
+        for region in self.memory.regions:
             if region not in memory.regions:
                 self._release(region)
         async with self._halted():
-            self._memory = memory
+            self.memory = memory
         if not self._listening:
             return None
         return Reply(MemoryTable(tuple(self._based(region) for region in table.regions)))
 
     async def _add_mem_reg(self, request: Request) -> Reply | None:
         description = _payload(request, SingleRegion).region
-        if len(self._memory.regions) >= self._mem_slots:
+        if len(self.memory.regions) >= self._mem_slots:
             raise RequestRefused(f"all {self._mem_slots} memory slots are taken")
-        memory = self._memory.add(self._map(description, _fds(request)[0]))
+        memory = self.memory.add(self._map(description, _fds(request)[0]))
         self._remember(_fds(request))
         async with self._halted():
-            self._memory = memory
+            self.memory = memory
         return Reply(SingleRegion(self._based(description))) if self._listening else None
 
     async def _rem_mem_reg(self, request: Request) -> None:
         gone = _payload(request, SingleRegion).region
-        region = self._memory.find(gone.guest, gone.size, gone.user)
+        region = self.memory.find(gone.guest, gone.size, gone.user)
         self._release(region)
         async with self._halted():
-            self._memory = self._memory.remove(region)
+            self.memory = self.memory.remove(region)
 
     def _release(self, region: Region) -> None:
         """In postcopy: whoever waits in a region that goes away must stop waiting before its rings can halt."""
@@ -387,7 +387,7 @@ class Connection:
 
     def _based(self, description: MemoryRegion) -> MemoryRegion:
         """The description with our address in place of the front-end's."""
-        host = self._memory.find(description.guest, description.size, description.user).host
+        host = self.memory.find(description.guest, description.size, description.user).host
         return MemoryRegion(description.guest, description.size, host, description.offset)
 
     def _remember(self, fds: Fds) -> None:
@@ -443,7 +443,7 @@ class Connection:
 
     async def _set_vring_addr(self, request: Request) -> None:
         address = _payload(request, VringAddress)
-        ring = self._rings[address.index]
+        ring = self.rings[address.index]
         async with self._halted(ring):
             ring.address = address
             ring.broken = None
@@ -453,13 +453,13 @@ class Connection:
         self._stopped_ring(state.index).base = state.num
 
     def _stopped_ring(self, index: int) -> Ring:
-        ring = self._rings[index]
+        ring = self.rings[index]
         if ring.running:
             raise RequestRefused(f"ring {index} runs: stop it first (GET_VRING_BASE)")
         return ring
 
     async def _get_vring_base(self, request: Request) -> Reply:
-        ring = self._rings[_payload(request, VringState).index]
+        ring = self.rings[_payload(request, VringState).index]
         async with self._lock:
             await ring.halt()
             ring.drop_kick()
@@ -483,7 +483,7 @@ class Connection:
         which = _payload(request, VringFd)
         if which.has_fd:
             usable_event(_fds(request)[0], name)
-        return self._rings[which.index], _fds(request).take() if which.has_fd else None
+        return self.rings[which.index], _fds(request).take() if which.has_fd else None
 
     # ---- in-flight tracking
 
@@ -511,7 +511,7 @@ class Connection:
         return Reply(Empty(), fds=(os.dup(self._half().advise()),))
 
     async def _postcopy_listen(self, request: Request) -> None:
-        if request.effect is Effect.LISTEN and self._memory.regions:
+        if request.effect is Effect.LISTEN and self.memory.regions:
             raise RequestRefused("POSTCOPY_LISTEN must come before the memory table")
         self._half().listen()
 
@@ -526,7 +526,7 @@ class Connection:
     async def _postcopy_end(self, request: Request) -> None:
         # With the end of postcopy no page is missing, so rings stop at once, and start again without fault-ahead.
         async with self._halted():
-            self._half().end(self._memory)
+            self._half().end(self.memory)
 
     # ---- the back-end channel
 
@@ -549,14 +549,19 @@ class Connection:
 
     # ---- what others see
 
+    @property
+    def postcopy(self) -> PostcopyState:
+        """Where the postcopy handshake stands."""
+        return self._session.postcopy
+
     def state(self) -> dict[str, object]:
         """For the state dump: JSON-able values."""
         return {
             "socket": self.name,
             "features": self._session.features,
             "protocol_features": self._session.protocol_features,
-            "regions": [region.state() for region in self._memory.regions],
-            "rings": [ring.state() for ring in self._rings],
+            "regions": [region.state() for region in self.memory.regions],
+            "rings": [ring.state() for ring in self.rings],
             "postcopy": self._session.postcopy.name,
         }
 

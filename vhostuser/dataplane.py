@@ -204,11 +204,10 @@ class ServedQueue:
     def _take(self, most: int) -> list[Request]:
         """What can be had at once; requests whose pages are here go before those that wait for some."""
         self._wake.clear()
-        if self._stopping:
-            return []
         queue = self._queue
+        # Also when stopping: these were popped before, and must be completed.
         ready = queue.collect() if queue.ahead_fd >= 0 else []
-        room = min(most, self._limit - queue.out)
+        room = 0 if self._stopping else min(most, self._limit - queue.out)
         if room > 0:
             popped = queue.pop(room)
             ready += popped if queue.ahead_fd < 0 else queue.resident(popped)
