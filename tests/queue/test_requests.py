@@ -206,10 +206,14 @@ def test_a_driver_that_wants_no_interrupts_gets_none_but_the_forced_one(guest: G
     os.close(call)
 
 
-def test_a_forced_call_waits_for_the_descriptor(guest: Guest) -> None:
-    _, queue, call = pushed(guest, 0)
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_call_waits_for_its_descriptor(guest: Guest, forced: bool) -> None:
+    """The front-end may kick first and give the call descriptor later."""
+    ring, queue, call = pushed(guest, 0)
     queue.set_call(-1)
-    queue.force_signal()
+    if forced:
+        ring.avail_flags(1)
+        queue.force_signal()
     queue.flush()
     queue.set_call(call)
     queue.flush()

@@ -128,18 +128,22 @@ typedef struct vu_chain {
 vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_inflight *inflight, int *error);
 /* Frees; chains still out become invalid. */
 void vu_queue_free(vu_queue *queue);
-/* For GET_VRING_BASE: the next available index. Only when no chain is out, else chains in flight are lost. */
+/* For GET_VRING_BASE: the next available index. Only when no chain is out, else chains in flight are lost; with an
+ * in-flight region they are not, it names them and they come again (and then decide where to go on, not the base). */
 uint32_t vu_queue_base(const vu_queue *queue);
 uint32_t vu_queue_out(const vu_queue *queue); /* chains popped and not yet pushed */
 int vu_queue_broken(const vu_queue *queue);   /* 0 or the sticky VU_E_ code */
 uint16_t vu_queue_broken_head(const vu_queue *queue);
 
-/* Pops up to `max` chains: the count, 0 if the ring is empty, or the sticky code. After a restart the chains that
- * the in-flight region names come first, in their order. [touches] */
+/* Pops up to `max` chains: the count, 0 if the ring is empty, or the sticky code. Chains in front of one that breaks the
+ * ring are handed out first. After a restart the chains that the in-flight region names come first, in the order in
+ * which they were taken. [touches] */
 int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max);
-/* Returns chains with the number of bytes written into each; one update of the used index for all. [touches] */
+/* Returns chains with the number of bytes written into each (at most chain->writable counts); one update of the used
+ * index for all. Releases them also where it fails: a broken ring is not written to. [touches] */
 int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count);
-/* Writes the call eventfd once if the driver wants to hear of what was pushed since the last signal. [touches] */
+/* Writes the call eventfd once if the driver wants to hear of what was pushed since the last signal: 1 if it did. A call
+ * that has no descriptor yet is kept for the next signal. VU_E_SYS: the descriptor is of no use. [touches] */
 int vu_queue_signal(vu_queue *queue);
 /* Asks the driver for kicks; 1 if something became available meanwhile (pop again), else 0. [touches] */
 int vu_queue_arm(vu_queue *queue);

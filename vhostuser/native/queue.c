@@ -304,9 +304,10 @@ int vu_queue_signal(vu_queue *queue)
     if (!wanted && !atomic_load_explicit(&queue->forced, memory_order_relaxed))
         return 0;
     int call = atomic_load(&queue->call);
+    /* A call that nobody can get yet waits for the descriptor: a front-end may kick before it gives one. */
+    atomic_store(&queue->forced, call < 0);
     if (call < 0)
-        return 0; /* a forced signal waits for the descriptor */
-    atomic_store(&queue->forced, false);
+        return 0;
     uint64_t one = 1;
     /* EAGAIN: the counter is full, so the driver has been told often enough. */
     if (write(call, &one, sizeof one) < 0 && errno != EAGAIN)
