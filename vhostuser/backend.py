@@ -77,7 +77,14 @@ class Backend:
         async with asyncio.TaskGroup() as group:
             while True:
                 await room.acquire()
-                sock, _ = await loop.sock_accept(listener)
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except OSError as error:
+                    # The front-end has gone again, or our table of descriptors is full, which may pass.
+                    log.error("%s: no front-end could be accepted: %s", _name_of(listener), error.strerror)
+                    room.release()
+                    await asyncio.sleep(_FIRST_RETRY)
+                    continue
                 serving = group.create_task(self.serve(sock, _name_of(listener)))
                 serving.add_done_callback(lambda _: room.release())
                 if once:

@@ -242,8 +242,9 @@ class Connection:
             try:
                 async with self._lock:
                     await self._settle()
-            except DeviceFailed as error:
-                log.error("%s: %s", self.name, error)
+            except Exception as error:
+                # What a device does not foresee is shown in full; either way its front-end must not wait for ever.
+                log.error("%s: the device does not start or stop: %s", self.name, error, exc_info=_surprise(error))
                 self._channel.end()
 
     async def _settle(self) -> None:
@@ -564,6 +565,10 @@ class Connection:
             "rings": [ring.state() for ring in self.rings],
             "postcopy": self._session.postcopy.name,
         }
+
+
+def _surprise(error: Exception) -> Exception | None:
+    return None if isinstance(error, DeviceFailed) else error
 
 
 def _payload(request: Request, kind: type[P]) -> P:

@@ -265,6 +265,8 @@ class ServedQueue:
 
     def close(self) -> None:
         """Stops watching; the descriptors belong to others."""
+        # Else the queue and this object keep each other, and guest memory mapped, until a garbage collection.
+        self._queue.on_finished = None
         if self._kick >= 0:
             self._loop.remove_reader(self._kick)
         if self._queue.ahead_fd >= 0:

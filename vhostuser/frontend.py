@@ -17,6 +17,7 @@ from typing import Self
 from vhostuser.channel import Channel, Fds, readable
 from vhostuser.memory import GuestMemory, Region
 from vhostuser.protocol import (
+    FRONTEND,
     U64,
     Answer,
     FrontendRequest,
@@ -48,13 +49,12 @@ class SharedMemory:
             fd = os.memfd_create(f"guest {guest:#x}", os.MFD_CLOEXEC | (os.MFD_HUGETLB if hugetlb else 0))
             self.fds.append(fd)
             os.truncate(fd, size)
-            here = Region.map(fd, MemoryRegion(guest, size, 0, 0))
-            mapped.append(Region.map(fd, MemoryRegion(guest, size, here.host, 0)))
+            mapped.append(Region.map(fd, MemoryRegion(guest, size, 0, 0)))
         self.map = GuestMemory(tuple(mapped))
 
     def table(self) -> MemoryTable:
         """What SET_MEM_TABLE says of it."""
-        return MemoryTable(tuple(MemoryRegion(r.guest, r.size, r.user, r.offset) for r in self.map.regions))
+        return MemoryTable(tuple(MemoryRegion(r.guest, r.size, r.host, r.offset) for r in self.map.regions))
 
     def close(self) -> None:
         """Closes the descriptors; mappings go with the last reference."""
@@ -140,13 +140,15 @@ class Frontend:
         """Sends a request and waits for its answer, if one comes: its payload and descriptors, which are then the
         caller's.
 
-        need_reply: ask for an acknowledgement; None: wherever REPLY_ACK was negotiated. Raises RequestRefused when
+        need_reply: ask for an acknowledgement; None: wherever REPLY_ACK was negotiated and the message has no reply
+        of its own (libvhost-user answers those with wrong flags when asked for both). Raises RequestRefused when
         the back-end says no, RemoteProtocolError when it breaks the protocol or closes, LocalProtocolError when the
         request is not allowed now.
         """
         async with self._turn:
-            asks = self.session.has(ProtocolFeature.REPLY_ACK) if need_reply is None else need_reply
-            outgoing = self.session.request(code, payload, fds, asks)
+            if need_reply is None:
+                need_reply = self.session.has(ProtocolFeature.REPLY_ACK) and not FRONTEND[code].reply
+            outgoing = self.session.request(code, payload, fds, need_reply)
             await self._channel.send(outgoing.data, outgoing.fds)
             if not self.session.outstanding:
                 return None, Fds()
@@ -204,7 +206,7 @@ class Frontend:
     async def start_ring(self, ring: FrontendRing, memory: SharedMemory, *, base: int = 0, enable: bool = True) -> None:
         """Sets the ring up, gives its eventfds and enables it; it starts at the first kick."""
         queue, index = ring.queue, ring.index
-        user = memory.map.guest_to_user
+        user = memory.map.guest_to_host
         address = VringAddress(index, 0, user(queue.desc), user(queue.used), user(queue.avail), 0)
         await self.request(FrontendRequest.SET_VRING_NUM, VringState(index, queue.size))
         await self.request(FrontendRequest.SET_VRING_BASE, VringState(index, base))

@@ -276,6 +276,8 @@ class DeviceQueue:
         native, self._native = self._native, None
         self._waiting.clear()
         self.ahead_fd = -1
+        # A request that somebody keeps must not keep the guest's memory mapped.
+        self.memory = GuestMemory()
         lib.vu_queue_free(native)
 
     def __del__(self) -> None:

@@ -1,10 +1,12 @@
 """Postcopy over the socket: the test is the destination front-end, with a fault server as QEMU's.
 
-The fault server is a thread of this process; that works because whoever waits for a page does so in C with the GIL released.
-Guest memory exists twice: the source, where the driver has prepared its ring, and the target, which has holes.
+The fault server is a thread of this process; that works because whoever waits for a page does so in C with the GIL
+released. Guest memory exists twice: the source, where the driver has prepared its ring, and the target, which has
+holes.
 """
 
 import asyncio
+import contextlib
 import os
 import select
 import threading
@@ -83,10 +85,8 @@ class PageServer:
     def place(self, page: int) -> None:
         """Brings one page, for whatever reason, and wakes whoever waits for it."""
         data = os.pread(self.source, PAGE, page * PAGE)
-        try:
+        with contextlib.suppress(FileExistsError):
             self.ours.copy(self.region.base + page * PAGE, data)
-        except FileExistsError:
-            pass
         self.theirs.wake(self.base + page * PAGE, PAGE)
 
     def place_all(self) -> None:
@@ -128,7 +128,7 @@ class Migration:
         self.target = os.memfd_create("target", os.MFD_CLOEXEC)
         os.truncate(self.target, SIZE)
         self.ring = FrontendRing(0, DriverQueue(self.source.map, 0, 64))
-        user = self.source.map.regions[0].user
+        user = self.source.map.regions[0].host
         self.description = MemoryRegion(0, SIZE, user, 0)
         self.server: PageServer | None = None
 

@@ -1,0 +1,67 @@
+"""Nothing is left behind: descriptors and mappings are counted over a thousand rounds."""
+
+import asyncio
+import os
+from pathlib import Path
+
+from tests.conftest import connect, open_fds
+from tests.runtime.test_lifecycle import Echo, answer, ask
+from vhostuser.dataplane import new_event_loop
+from vhostuser.device import Device
+from vhostuser.protocol import FrontendRequest, Inflight
+from vhostuser.uffd import NotPermitted, Userfaultfd
+
+ROUNDS = 1000
+
+
+def guest_mappings() -> int:
+    """Mappings of memfds in this process."""
+    return Path("/proc/self/maps").read_text().count("/memfd:")
+
+
+def threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+async def one_round(device: Device) -> None:
+    """Connect, configure everything that brings descriptors, use the ring, leave."""
+    pair = connect(device)
+    await pair.set_up(rings=2)
+    payload, fds = await pair.frontend.request(FrontendRequest.GET_INFLIGHT_FD, Inflight(0, 0, 2, 64))
+    await pair.frontend.request(FrontendRequest.SET_INFLIGHT_FD, payload, tuple(fds))
+    fds.close()
+    await ask(pair, b"hello")
+    assert await answer(pair) == b"HELLO"
+    try:
+        Userfaultfd.probe()
+        _, fds = await pair.frontend.request(FrontendRequest.POSTCOPY_ADVISE)
+        fds.close()
+    except NotPermitted:
+        pass
+    await pair.close()
+
+
+async def test_a_thousand_rounds_leave_no_descriptor_no_mapping_and_no_thread() -> None:
+    new_event_loop().close()
+    device = Echo()
+    await one_round(device)
+    before = (len(open_fds()), guest_mappings(), threads())
+    for _ in range(ROUNDS):
+        await one_round(device)
+    assert (len(open_fds()), guest_mappings(), threads()) == before
+
+
+async def test_half_configured_connections_leave_nothing() -> None:
+    """Cut after every number of bytes of a negotiation with descriptors on the way."""
+    device = Echo()
+    await one_round(device)
+    before = (len(open_fds()), guest_mappings())
+    table = bytes.fromhex("05000000 01000000 28000000 01000000 00000000")
+    for cut in range(1, len(table)):
+        pair = connect(device)
+        fd = os.memfd_create("leak", os.MFD_CLOEXEC)
+        await pair.frontend.send_raw(table[:cut], (fd,))
+        os.close(fd)
+        await asyncio.sleep(0)
+        await pair.close()
+    assert (len(open_fds()), guest_mappings()) == before
