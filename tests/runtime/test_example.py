@@ -1,0 +1,107 @@
+"""The documented example works, and the snippets of docs/writing-a-device.md run as they stand there."""
+
+import asyncio
+import importlib.util
+import re
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import vhostuser.backend
+import vhostuser.frontend
+import vhostuser.protocol
+import vhostuser.virtqueue
+from tests.conftest import Pair
+from tests.runtime.test_lifecycle import DATA, next_used
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ramdisk() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ramdisk", ROOT / "examples" / "ramdisk.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ramdisk"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+async def blk(pair: Pair, kind: int, sector: int, data: bytes = b"", room: int = 0) -> tuple[int, bytes]:
+    """One virtio-blk request: its status and what was read."""
+    assert pair.memory is not None
+    memory, queue = pair.memory.map, pair.rings[0].queue
+    memory.write(DATA, struct.pack("<IIQ", kind, 0, sector) + data)
+    memory.write(DATA + (1 << 16) + room, b"\xff")
+    queue.offer(readable=[(DATA, 16 + len(data))], writable=[(DATA + (1 << 16), room + 1)])
+    queue.publish()
+    pair.rings[0].kick()
+    await next_used(pair)
+    answer = memory.read(DATA + (1 << 16), room + 1)
+    return answer[-1], answer[:-1]
+
+
+async def test_the_ram_disk_reads_and_writes(ramdisk: ModuleType, pairs: Callable[..., Pair]) -> None:
+    pair = pairs(ramdisk.RamDisk(1 << 20))
+    await pair.set_up()
+    assert await blk(pair, 1, 3, b"x" * 1024) == (0, b"")
+    assert await blk(pair, 0, 2, room=2048) == (0, bytes(512) + b"x" * 1024 + bytes(512))
+    assert await blk(pair, 4, 0) == (0, b"")
+
+
+async def test_the_ram_disk_refuses_what_it_cannot_do(ramdisk: ModuleType, pairs: Callable[..., Pair]) -> None:
+    pair = pairs(ramdisk.RamDisk(1 << 20))
+    await pair.set_up()
+    assert (await blk(pair, 99, 0))[0] == 2
+    assert (await blk(pair, 0, 2048, room=512))[0] == 1
+    assert (await blk(pair, 1, 1 << 60, b"x" * 512))[0] == 1
+
+
+async def test_a_request_without_a_header_is_an_error_and_no_more(
+    ramdisk: ModuleType, pairs: Callable[..., Pair]
+) -> None:
+    pair = pairs(ramdisk.RamDisk(1 << 20))
+    await pair.set_up()
+    assert pair.memory is not None
+    queue = pair.rings[0].queue
+    queue.offer(readable=[(DATA, 7)], writable=[(DATA + 4096, 1)])
+    queue.offer(readable=[(DATA, 16)])
+    queue.publish()
+    pair.rings[0].kick()
+    await next_used(pair)
+    await next_used(pair)
+    assert pair.memory.map.read(DATA + 4096, 1) == b"\1"
+    assert (await blk(pair, 4, 0))[0] == 0
+
+
+def test_the_example_is_about_thirty_lines() -> None:
+    source = (ROOT / "examples" / "ramdisk.py").read_text()
+    body = source[source.index("class RamDisk") : source.index("if __name__")]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 35
+
+
+def test_the_page_quotes_the_example() -> None:
+    """Every line of the first snippet stands in the example too."""
+    example = (ROOT / "examples" / "ramdisk.py").read_text()
+    page = (ROOT / "docs" / "writing-a-device.md").read_text()
+    snippet = page.split("```python\n")[1].split("```")[0]
+    for line in snippet.splitlines():
+        code = re.sub(r"\s+# \d$", "", line)
+        assert code.strip() == "..." or code in example, line
+
+
+async def test_the_snippet_for_testers_runs(ramdisk: ModuleType) -> None:
+    page = (ROOT / "docs" / "writing-a-device.md").read_text()
+    snippet = page[page.index("## Testing without") :].split("```python\n")[1].split("```")[0]
+    body = "".join(f"    {line}\n" for line in snippet.splitlines())
+    names = {"asyncio": asyncio, "socket": socket, "struct": struct, "RamDisk": ramdisk.RamDisk}
+    for module in (vhostuser.backend, vhostuser.frontend, vhostuser.virtqueue, vhostuser.protocol):
+        names |= vars(module)
+    exec(f"async def run():\n{body}    await serving\n    ring.close()\n    memory.close()\n", names)
+    await asyncio.wait_for(names["run"](), 10)  # type: ignore[operator]
