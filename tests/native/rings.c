@@ -8,7 +8,9 @@
  * chains that are not inside guest memory. Exit status 0, or a line on stderr and 1.
  */
 #define _GNU_SOURCE
+#include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -274,6 +276,161 @@ static void both_sides(struct guest *guest, uint32_t size, uint32_t flags)
     vu_driver_free(driver);
 }
 
+/* Two threads that sleep whenever they may: if an index, an event or a fence is wrong, both sleep for ever. */
+struct talk {
+    vu_queue *queue;
+    vu_driver *driver;
+    int kick, call;
+    uint32_t requests;
+};
+
+static void sleep_on(int fd)
+{
+    uint64_t value;
+    struct pollfd ready = {.fd = fd, .events = POLLIN};
+    CHECK(poll(&ready, 1, 5000) == 1 && read(fd, &value, sizeof value) == sizeof value);
+}
+
+static void *answer(void *argument)
+{
+    struct talk *talk = argument;
+    vu_chain *chains[4];
+    uint32_t lengths[4] = {0};
+    for (uint32_t done = 0; done < talk->requests;) {
+        int popped = vu_queue_pop(talk->queue, chains, 4);
+        CHECK(popped >= 0);
+        if (!popped && !vu_queue_arm(talk->queue))
+            sleep_on(talk->kick);
+        CHECK(vu_queue_push(talk->queue, chains, lengths, (uint32_t)popped) == 0 && vu_queue_signal(talk->queue) >= 0);
+        done += (uint32_t)popped;
+    }
+    return NULL;
+}
+
+static void ask(struct talk *talk)
+{
+    static const uint64_t one = 1;
+    vu_buffer buffer = {FAR_GUEST, 16, 0};
+    uint16_t head;
+    uint32_t length;
+    for (uint32_t offered = 0, returned = 0; returned < talk->requests;) {
+        /* One at a time or all that fit, so that the device is now ahead and now behind. */
+        for (uint32_t most = offered % 7 ? 1 : 8; most && offered < talk->requests; most--)
+            offered += vu_driver_add(talk->driver, &buffer, 1) >= 0;
+        if (vu_driver_publish(talk->driver) == 1)
+            CHECK(write(talk->kick, &one, sizeof one) == sizeof one);
+        uint32_t before = returned;
+        while (vu_driver_take(talk->driver, &head, &length) == 1)
+            returned++;
+        if (returned == before && !vu_driver_arm(talk->driver))
+            sleep_on(talk->call);
+    }
+}
+
+static void converse(struct guest *guest, uint32_t flags, uint32_t requests)
+{
+    int error;
+    struct talk talk = {.kick = eventfd(0, 0), .call = eventfd(0, EFD_NONBLOCK), .requests = requests};
+    talk.driver = vu_driver_new(guest->map, 0, 8, flags, &error);
+    struct vu_ring ring = {
+        .size = 8, .flags = VU_RING_GUEST_ADDR | (flags & VU_DRIVER_EVENT_IDX ? VU_RING_EVENT_IDX : 0),
+        .desc = vu_driver_desc(talk.driver), .avail = vu_driver_avail(talk.driver), .used = vu_driver_used(talk.driver),
+    };
+    talk.queue = vu_queue_new(guest->map, &ring, NULL, NULL, &error);
+    CHECK(talk.queue);
+    vu_queue_set_call(talk.queue, talk.call);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, answer, &talk) == 0);
+    ask(&talk);
+    pthread_join(thread, NULL);
+    vu_queue_free(talk.queue);
+    vu_driver_free(talk.driver);
+    close(talk.kick);
+    close(talk.call);
+}
+
+/* Store, fence, load on both sides: of two that meet, one must see the other. Rounds begin together, so they meet often. */
+struct meeting {
+    vu_queue *queue;
+    vu_driver *driver;
+    uint32_t rounds;
+    _Atomic uint32_t arrived;
+    int armed, signalled;
+};
+
+static void meet(struct meeting *meeting, uint32_t step, uint32_t late)
+{
+    atomic_fetch_add(&meeting->arrived, 1);
+    for (uint32_t spins = 0; atomic_load(&meeting->arrived) < 2 * step; spins++)
+        if (spins > 10000)
+            sched_yield();
+    for (volatile uint32_t left = late; left; left--)
+        ; /* the window is a few nanoseconds wide, so it is searched */
+}
+
+/* Each looks at the other's index first: a line that has to be fetched would be loaded too late to be wrong. */
+static void *device_side(void *argument)
+{
+    struct meeting *meeting = argument;
+    for (uint32_t step = 1; step <= 4 * meeting->rounds; step += 4) {
+        vu_chain *chain;
+        uint32_t length = 0;
+        meet(meeting, step, 0);
+        CHECK(vu_queue_pop(meeting->queue, &chain, 1) == 0);
+        meet(meeting, step + 1, step % 61);
+        meeting->armed = vu_queue_arm(meeting->queue);
+        meet(meeting, step + 2, step % 47);
+        CHECK(vu_queue_pop(meeting->queue, &chain, 1) == 1);
+        CHECK(vu_queue_push(meeting->queue, &chain, &length, 1) == 0);
+        meeting->signalled = vu_queue_signal(meeting->queue);
+        meet(meeting, step + 3, 0);
+    }
+    return NULL;
+}
+
+static void driver_side(struct meeting *meeting)
+{
+    vu_buffer buffer = {FAR_GUEST, 16, 0};
+    uint16_t head;
+    uint32_t length;
+    for (uint32_t step = 1; step <= 4 * meeting->rounds; step += 4) {
+        CHECK(vu_driver_add(meeting->driver, &buffer, 1) >= 0);
+        meet(meeting, step, 0);
+        meet(meeting, step + 1, step % 59);
+        int kicked = vu_driver_publish(meeting->driver);
+        CHECK(vu_driver_take(meeting->driver, &head, &length) == 0);
+        meet(meeting, step + 2, step % 211);
+        int armed = vu_driver_arm(meeting->driver);
+        CHECK(kicked || meeting->armed == 1);
+        meet(meeting, step + 3, 0);
+        CHECK(armed == 1 || meeting->signalled == 1);
+        CHECK(vu_driver_take(meeting->driver, &head, &length) == 1 && vu_driver_disarm(meeting->driver) == 0);
+        CHECK(vu_queue_disarm(meeting->queue) == 0); /* the other side waits for us */
+    }
+}
+
+static void meetings(struct guest *guest, uint32_t flags, uint32_t rounds)
+{
+    int error, call = eventfd(0, EFD_NONBLOCK);
+    struct meeting meeting = {.rounds = rounds};
+    meeting.driver = vu_driver_new(guest->map, 0, 8, flags, &error);
+    struct vu_ring ring = {
+        .size = 8, .flags = VU_RING_GUEST_ADDR | (flags & VU_DRIVER_EVENT_IDX ? VU_RING_EVENT_IDX : 0),
+        .desc = vu_driver_desc(meeting.driver), .avail = vu_driver_avail(meeting.driver),
+        .used = vu_driver_used(meeting.driver),
+    };
+    meeting.queue = vu_queue_new(guest->map, &ring, NULL, NULL, &error);
+    CHECK(meeting.queue);
+    vu_queue_set_call(meeting.queue, call);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, device_side, &meeting) == 0);
+    driver_side(&meeting);
+    pthread_join(thread, NULL);
+    vu_queue_free(meeting.queue);
+    vu_driver_free(meeting.driver);
+    close(call);
+}
+
 /* A driver that rewrites everything while we look: what was checked must be what is used. */
 struct scribbler {
     struct guest *guest;
@@ -389,6 +546,8 @@ int main(int count, char **arguments)
     for (unsigned long round = strtoul(arguments[2], NULL, 10); round; round--)
         random_round(&guest);
     scribbled(&guest, 2000);
+    for (uint32_t flags = 0; flags <= VU_DRIVER_EVENT_IDX; flags++)
+        converse(&guest, flags, 20000), meetings(&guest, flags, 100000);
     lose(&guest, truncate_all);
     close_guest(&guest);
     open_guest(&guest);

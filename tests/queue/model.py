@@ -125,6 +125,11 @@ def prefix(ranges: list[Range], length: int) -> list[Range]:
     return cut
 
 
+def addresses(ranges: list[Range]) -> list[int]:
+    """Every byte's address, in order."""
+    return [guest + offset for guest, length in ranges for offset in range(length)]
+
+
 def pages(ranges: list[Range]) -> set[int]:
     """The pages of 4096 bytes that the ranges touch."""
     return {

@@ -137,13 +137,16 @@ def test_a_conversation_with_a_plain_driver(world: Guest, data: st.DataObject, s
         elif step == "push":
             done = [out.pop(data.draw(st.integers(0, len(out) - 1), "which")) for _ in range(min(len(out), 3))]
             for request in done:
-                content = os.urandom(data.draw(st.integers(0, min(request.writable, 5000)), "written"))
+                content = os.urandom(data.draw(st.integers(0, min(request.writable, 500)), "written"))
                 offset = data.draw(st.integers(0, request.writable - len(content)), "offset")
                 assert request.write(content, offset) == len(content)
                 told = data.draw(st.none() | st.integers(0, request.writable), "told")
                 writable = driver.chains[request._chain.head][1].writable
                 high = offset + len(content) if content else 0
-                assert b"".join(world.get(*part) for part in model.prefix(writable, high))[offset:] == content
+                # Buffers of a chain may overlap: what was written last stays.
+                places = model.addresses(model.prefix(writable, high))[offset:]
+                left = dict(zip(places, content, strict=True))
+                assert {place: world.get(place, 1)[0] for place in left} == left
                 expected_dirty |= model.pages(model.prefix(writable, max(told or 0, high)))
                 request.complete(told)
             ring.used_event(event := data.draw(st.integers(start, start + 20), "event"))

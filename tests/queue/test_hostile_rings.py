@@ -9,9 +9,9 @@ import pytest
 
 from tests.queue.guest import EVENT_IDX, INDIRECT, INDIRECT_DESC, NEXT, USER, WRITE, Guest, Ring, descriptor
 from vhostuser._native import lib
-from vhostuser.memory import DirtyLog, GuestMemory, MemoryLost, explain
-from vhostuser.protocol import QueueBroken, VirtioFeature
-from vhostuser.virtqueue import DeviceQueue
+from vhostuser.memory import DirtyLog, GuestMemory, MemoryLost, Region, explain
+from vhostuser.protocol import MemoryRegion, QueueBroken, VirtioFeature
+from vhostuser.virtqueue import DeviceQueue, RingSetup
 
 DATA, TABLE = 0x8000, 0x9000
 FAR = 1 << 32
@@ -163,6 +163,27 @@ def test_a_queue_does_not_take_all_our_memory(guests: Callable[..., Guest]) -> N
     assert broken_by(ring.open()).code == lib.VU_E_NOMEM
 
 
+def test_long_chains_cost_memory_only_while_they_are_out(guest: Guest) -> None:
+    ring = Ring(guest, 4)
+    table(*[(DATA, 1, NEXT, n + 1) for n in range(1023)], (DATA, 1))(ring)
+    queue = ring.open()
+    for index in range(1100):  # together they would be more than one queue may keep
+        ring.offer(index, [0])
+        (request,) = queue.pop()
+        request.complete()
+        queue.flush()
+
+
+def test_no_more_bytes_are_reported_than_there_was_room_for(guest: Guest) -> None:
+    ring = Ring(guest, 4)
+    rows((DATA, 1, NEXT, 1), (DATA, 10, WRITE))(ring)
+    ring.offer(0, [0])
+    queue = ring.open()
+    (request,) = queue.pop()
+    assert lib.vu_queue_push(queue.native, [request._chain], [0xFFFFFFFF], 1) == 0
+    assert ring.used_entry(0) == (0, 10)
+
+
 # ---- what looks odd and is not
 
 
@@ -286,6 +307,17 @@ def test_a_ring_that_memory_cannot_hold_is_not_opened(guest: Guest, case: str, b
     with pytest.raises(QueueBroken) as caught:
         ring.open(**places, guest_addresses=by_guest, index=3)
     assert (caught.value.code, caught.value.queue, caught.value.head) == (code, 3, -1)
+
+
+def test_a_region_that_begins_anywhere_in_its_file_must_not_misalign_a_ring() -> None:
+    """The addresses are aligned, what is behind them is not."""
+    fd = os.memfd_create("guest")
+    os.truncate(fd, 1 << 16)
+    memory = GuestMemory([Region.map(fd, MemoryRegion(0, 1 << 15, USER, 8))])
+    os.close(fd)
+    with pytest.raises(QueueBroken) as caught:
+        RingSetup(size=4, desc=0, avail=64, used=128, guest_addresses=True).open(memory)
+    assert caught.value.code == lib.VU_E_ALIGN
 
 
 def test_a_ring_is_found_by_the_front_ends_addresses(guest: Guest) -> None:

@@ -249,6 +249,15 @@ def test_an_orderly_stop_goes_on_from_its_base(ring: Ring, region: Region) -> No
 
 # ---- a region that lies
 
+
+def test_a_region_that_nobody_has_used_has_nothing_in_flight(ring: Ring, region: Region) -> None:
+    """Version 0: whatever else is in it is neither recovered nor left for the next time."""
+    region.set_entry(5, 1, 0, 7)
+    ring.offer(0, [1])
+    assert heads(ring.open(inflight=region.native)) == [1]
+    assert region.taken() == [1]
+
+
 LIES = {
     "another ring size": {"header": (1, SIZE * 2, 0, 0)},
     "a ring size of 0": {"header": (1, 0, 0, 0)},

@@ -172,6 +172,8 @@ int vu_inflight_recover(struct vu_inflight_queue *queue, uint32_t size, uint16_t
     int code = version ? recover_taken(queue, size, used, taken, count) : 0;
     if (code)
         return code;
+    for (uint32_t head = 0; !version && head < size; head++)
+        vu_inflight_finish(queue, (uint16_t)head);
     /* The index goes before the list: a crash in between leaves no difference for which the list would be walked. */
     vu_inflight_seal(queue, used);
     vu_store16_release(&split->last_batch_head, queue->last_batch);

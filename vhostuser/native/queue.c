@@ -395,7 +395,6 @@ void vu_chain_peek(vu_queue *queue, vu_chain *const *chains, uint32_t count, str
 int vu_chain_log(vu_queue *queue, const vu_chain *chain, uint64_t length)
 {
     uint64_t left = length > chain->written ? length : chain->written;
-    left = left < chain->writable ? left : chain->writable;
     for (const vu_segment *segment = chain->segments + chain->readable_count; left; segment++) {
         uint64_t run = segment->length < left ? segment->length : left;
         int code = vu_log_set(queue->log, segment->guest, run);

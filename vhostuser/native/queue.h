@@ -163,7 +163,7 @@ struct vu_queue {
 
 /* Adds what one descriptor names to the chain of the slot: 0, VU_E_ORDER, _OVERFLOW, _RANGE, _SIZE or _NOMEM. */
 int vu_slot_add(vu_queue *queue, struct vu_slot *slot, const struct vu_desc *desc);
-/* Marks what was written into the chain: at least `length` bytes. */
+/* Marks what was written into the chain: at least `length` bytes, which are no more than it has room for. */
 int vu_chain_log(vu_queue *queue, const vu_chain *chain, uint64_t length);
 
 /* The split format. All but setup run inside a guard. `done` tells how far pop got when a fault cuts it off. */
