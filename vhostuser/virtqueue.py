@@ -143,6 +143,7 @@ class DeviceQueue:
     def __init__(
         self, setup: RingSetup, memory: GuestMemory, log: DirtyLog | None, inflight: InflightRegion | None
     ) -> None:
+        self._native: Any = None
         self.index = setup.index
         self.memory = memory
         self.out = 0
@@ -155,7 +156,6 @@ class DeviceQueue:
         ring.size, ring.flags, ring.index, ring.base = setup.size, setup.flags(), setup.index, setup.base
         ring.desc, ring.avail, ring.used, ring.log_addr = setup.desc, setup.avail, setup.used, setup.log
         error = ffi.new("int *")
-        self._native: Any = None
         native = lib.vu_queue_new(
             memory.native, ring, log.native if log else ffi.NULL, inflight.native if inflight else ffi.NULL, error
         )
@@ -431,7 +431,7 @@ class DriverQueue:
         self._length = ffi.new("uint32_t *")
 
     @staticmethod
-    def bytes(size: int, *, event_idx: bool = False, indirect: bool = False) -> int:
+    def bytes_needed(size: int, *, event_idx: bool = False, indirect: bool = False) -> int:
         """How many bytes of guest memory such a ring takes."""
         flags = event_idx * lib.VU_DRIVER_EVENT_IDX | indirect * lib.VU_DRIVER_INDIRECT
         return int(lib.vu_driver_bytes(size, flags))

@@ -547,7 +547,7 @@ int main(int count, char **arguments)
         random_round(&guest);
     scribbled(&guest, 2000);
     for (uint32_t flags = 0; flags <= VU_DRIVER_EVENT_IDX; flags++)
-        converse(&guest, flags, 20000), meetings(&guest, flags, 100000);
+        converse(&guest, flags, 10000), meetings(&guest, flags, 50000);
     lose(&guest, truncate_all);
     close_guest(&guest);
     open_guest(&guest);

@@ -90,7 +90,7 @@ def test_a_conversation_with_a_plain_device(
 @pytest.mark.parametrize("size", [1, 32768])
 @pytest.mark.parametrize("indirect", [False, True])
 def test_the_smallest_and_the_largest_ring(world: Guest, size: int, indirect: bool) -> None:
-    if DriverQueue.bytes(size, indirect=indirect) > 8 * MIB:
+    if DriverQueue.bytes_needed(size, indirect=indirect) > 8 * MIB:
         size = 2048
     queue = DriverQueue(world.memory, 0, size, indirect=indirect)
     for _ in range(size):
