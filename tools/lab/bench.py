@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from vhostuser.tools.lab.backend import BackendProcess, CommandLine, vhostuser_blk
+from vhostuser.tools.lab.backend import STATE_PREFIX, BackendProcess, CommandLine, vhostuser_blk
 from vhostuser.tools.lab.guest import Guest
 from vhostuser.tools.lab.hugepages import hugepages
 from vhostuser.tools.lab.image import GuestImage
-from vhostuser.tools.lab.machine import Hardware, Machine
+from vhostuser.tools.lab.machine import Event, Hardware, Machine, event_time
 from vhostuser.tools.lab.migration import Migration
 from vhostuser.tools.lab.process import Process
 from vhostuser.tools.lab.trace import EVENTS
@@ -132,9 +132,10 @@ class Bench:
         return f"{kind}{number}"
 
 
-def _brief(event: object) -> str:
-    return str(event)[:200]
+def _brief(event: Event) -> str:
+    return f"{event_time(event):.6f} {event['event']} {event.get('data', '')}".rstrip()
 
 
 def _tail(title: str, lines: Sequence[str], count: int = 25) -> str:
-    return "\n".join([f"--- {title} ({len(lines)} lines)", *lines[-count:]])
+    told = [line[:300] for line in lines if not line.startswith(STATE_PREFIX)]
+    return "\n".join([f"--- {title} ({len(told)} lines)", *told[-count:]])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import itertools
 from dataclasses import dataclass
 
@@ -63,6 +64,11 @@ class Guest:
         """Wait until the guest has booted for the ``boot``-th time."""
         await self._boots.find(lambda entry: True, f"boot number {boot}", start=boot - 1, within=within)
 
+    @property
+    def boots(self) -> int:
+        """How many times it has booted."""
+        return len(self._boots.entries)
+
     async def run(self, command: str, within: float = 90) -> str:
         """The output (stdout and stderr, trailing newlines removed) of a shell command in the guest.
 
@@ -82,9 +88,13 @@ class Guest:
         finally:
             self._unanswered.pop(number, None)
 
+    def start(self, command: str) -> None:
+        """Run a command whose end and output nobody waits for."""
+        self._tasks.add(asyncio.create_task(self._run_unattended(command)))
+
     async def reboot(self) -> None:
         """Reset the guest and wait until it has booted again. Fails all commands that have no answer."""
-        boots = len(self._boots.entries)
+        boots = self.boots
         # No answer comes: the guest is gone before the shell's status is.
         self._send(b"%d %s .\n" % (next(self._ids), base64.b64encode(b"reboot -f")))
         await self.booted(boots + 1)
@@ -92,6 +102,10 @@ class Guest:
     async def flush_tlbs(self, cpus: int) -> None:
         """Have every virtual CPU change its page table, upon which QEMU's TCG forgets all its translations."""
         await self.run(f"for cpu in $(seq 0 {cpus - 1}); do taskset -c $cpu true && taskset -c $cpu true; done")
+
+    async def _run_unattended(self, command: str) -> None:
+        with contextlib.suppress(LabError):
+            await self.run(command, within=3600)
 
     def _send(self, line: bytes) -> None:
         if self._writer is None:

@@ -29,5 +29,6 @@ def hugepages(count: int) -> Iterator[None]:
 
 
 def _free() -> int:
-    match = re.search(r"^HugePages_Free:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return int(match[1]) if match else 0
+    """Pages that nobody uses and that are not promised to a mapping either."""
+    fields = dict(re.findall(r"^HugePages_(\w+):\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE))
+    return int(fields.get("Free", 0)) - int(fields.get("Rsvd", 0))

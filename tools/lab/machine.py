@@ -76,6 +76,12 @@ class Hardware:
         return arguments
 
 
+def event_time(event: Event) -> float:
+    """When QEMU says that the event was, in seconds since the epoch."""
+    stamp = event["timestamp"]
+    return float(stamp["seconds"] + stamp["microseconds"] / 1e6)
+
+
 class Machine:
     """A QEMU process: an async context manager, entered when its monitor answers.
 
@@ -194,7 +200,7 @@ class Machine:
         ended = asyncio.create_task(self.process.ended(within))
         try:
             await asyncio.wait((task, ended), return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
+            if task.done() and task.exception() is None:
                 return task.result()
         finally:
             task.cancel()

@@ -11,10 +11,15 @@ from typing import Any
 
 from vhostuser.tools.lab.errors import LabError
 from vhostuser.tools.lab.guest import Guest
-from vhostuser.tools.lab.machine import Event, Machine
+from vhostuser.tools.lab.machine import Event, Machine, event_time
 
 #: The switch to postcopy waits until the first pass has moved this many bytes.
 FIRST_PASS = 4 << 20
+
+UNLIMITED = 1 << 40
+
+#: Bytes per second at which next to nothing is sent. QEMU limits each tenth of a second, and takes 0 for no limit.
+CRAWL = 4096
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Migration:
         self._guest = guest
         self._directory = directory
         self._capabilities = ("events", *capabilities)
-        self._bandwidth = bandwidth or 1 << 40
+        self._bandwidth = bandwidth or UNLIMITED
         self._postcopy_bandwidth = postcopy_bandwidth
 
     async def start(self) -> None:
@@ -66,7 +71,7 @@ class Migration:
         careful = self.source.hardware.loses_writes
         await self.source.execute(
             "migrate-set-parameters",
-            max_bandwidth=1 if careful else self._bandwidth,
+            max_bandwidth=CRAWL if careful else self._bandwidth,
             max_postcopy_bandwidth=self._postcopy_bandwidth,
         )
         uri = self._uri()
@@ -76,10 +81,20 @@ class Migration:
         if careful:
             # The first look at the dirty bits was the set-up's. While next to nothing is sent, the TLBs are made new.
             await self._guest.flush_tlbs(self.source.hardware.cpus)
-            await self.source.execute("migrate-set-parameters", max_bandwidth=self._bandwidth)
+            await self._limit(self._bandwidth)
+
+    async def hold(self, remaining: int) -> None:
+        """Let the first pass all but stand still as soon as no more than ``remaining`` bytes of it are left."""
+        while (await self.progress())["ram"]["remaining"] > remaining:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.05)
+        await self._limit(CRAWL)
+
+    async def release(self) -> None:
+        """Go on after ``hold``, as fast as can be."""
+        await self._limit(UNLIMITED)
 
     async def switch(self, after: int = FIRST_PASS) -> None:
-        """Start postcopy, once ``after`` bytes have been moved; returns when the source says postcopy-active."""
+        """Start postcopy, once ``after`` bytes have been moved; returns when the guest runs at the destination."""
         while (await self.progress())["ram"]["transferred"] < after:  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(0.05)
         passes = (await self.progress())["ram"]["dirty-sync-count"]
@@ -87,12 +102,14 @@ class Migration:
             raise LabError(f"postcopy would start in pass {passes}, when QEMU has lost writes: use a lower bandwidth")
         await self.source.execute("migrate-start-postcopy")
         await self.source_status("postcopy-active")
+        await self.destination.event("RESUME")
 
     async def pause(self) -> None:
         """Break the migration's connection in postcopy; returns when both sides say postcopy-paused."""
+        seen = [len(machine.events.entries) for machine in (self.source, self.destination)]
         await self.source.execute("migrate-pause")
-        await self.source_status("postcopy-paused")
-        await self.destination_status("postcopy-paused")
+        for machine, start in zip((self.source, self.destination), seen, strict=True):
+            await machine.event("MIGRATION", start=start, status="postcopy-paused")
 
     async def recover(self) -> None:
         """Connect again after ``pause``; returns when postcopy goes on."""
@@ -124,7 +141,10 @@ class Migration:
         """From the source's postcopy-active to its completed, in its own words: call it when that is over."""
         begin = await self.source_status("postcopy-active", 1)
         end = await self.source_status("completed", 1)
-        return Span(_seconds(begin), _seconds(end))
+        return Span(event_time(begin), event_time(end))
+
+    async def _limit(self, bandwidth: int) -> None:
+        await self.source.execute("migrate-set-parameters", max_bandwidth=bandwidth)
 
     @staticmethod
     async def _status(machine: Machine, status: str, within: float) -> Event:
@@ -140,8 +160,3 @@ class Migration:
 
     def _uri(self) -> str:
         return f"unix:{self._directory}/migration.{next(self._numbers)}"
-
-
-def _seconds(event: Event) -> float:
-    stamp = event["timestamp"]
-    return float(stamp["seconds"] + stamp["microseconds"] / 1e6)

@@ -27,7 +27,7 @@ class Sample:
     @property
     def completed(self) -> int:
         """Requests that were answered up to then."""
-        return int(self.state["device"]["counters"]["completed"])
+        return int(self.state["device"]["counters"].get("completed", 0))
 
 
 @dataclass

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import signal
 from collections.abc import Sequence
 
@@ -35,12 +37,14 @@ class Process:
             start_new_session=True,
             limit=LINE_LIMIT,
         )
+        self._pidfd = os.pidfd_open(self.pid)
         self._reader = asyncio.create_task(self._read())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.kill()
         await self.ended()
+        os.close(self._pidfd)
 
     @property
     def pid(self) -> int:
@@ -54,8 +58,10 @@ class Process:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if it is still there."""
+        # Not by the subprocess module, which would reap a child that has just ended and lose its status for asyncio.
         if self.running:
-            self._process.send_signal(number)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
         """SIGKILL, if it is still there."""
