@@ -27,6 +27,7 @@ BATCH = 128
 
 _PEEK = Struct(f"QQQ{lib.VU_PEEK}s")
 _SCRATCH = 64 * 1024
+_write = lib.vu_chain_write
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,12 @@ class Request:
         Raises MemoryLost.
         """
         source = data if type(data) is bytes else ffi.from_buffer(data)
-        count: int = lib.vu_chain_write(self._queue.native, self._chain, offset, source, len(source))
+        try:
+            # Past the property: this is the hottest call of a device in Python.
+            count: int = _write(self._queue._native, self._chain, offset, source, len(source))
+        except TypeError:
+            self._queue.native  # noqa: B018 (raises ValueError if the queue is closed)
+            raise
         if count < 0:
             raise MemoryLost
         if count and offset + count > self._written:
