@@ -104,6 +104,21 @@ buffers = st.lists(
 offers = st.tuples(buffers, buffers, st.sampled_from([None, TABLES, (1 << 20) - 24, 0x1001]), st.integers(0, 2))
 
 
+def complete(data: st.DataObject, request: Request, writable: list[model.Range], world: Guest) -> set[int]:
+    """Writes something somewhere, completes, and says which pages are dirty then."""
+    content = os.urandom(data.draw(st.integers(0, min(request.writable, 500)), "written"))
+    offset = data.draw(st.integers(0, request.writable - len(content)), "offset")
+    assert request.write(content, offset) == len(content)
+    told = data.draw(st.none() | st.integers(0, request.writable), "told")
+    request.complete(told)
+    high = offset + len(content) if content else 0
+    # Buffers of a chain may overlap: what was written last stays.
+    places = model.addresses(model.prefix(writable, high))[offset:]
+    left = dict(zip(places, content, strict=True))
+    assert {place: world.get(place, 1)[0] for place in left} == left
+    return model.pages(model.prefix(writable, max(told or 0, high)))
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), size=st.sampled_from([1, 2, 8, 16]), start=st.sampled_from([0, 0xFFF0, 0xFFFF]))
 def test_a_conversation_with_a_plain_driver(world: Guest, data: st.DataObject, size: int, start: int) -> None:
@@ -137,18 +152,7 @@ def test_a_conversation_with_a_plain_driver(world: Guest, data: st.DataObject, s
         elif step == "push":
             done = [out.pop(data.draw(st.integers(0, len(out) - 1), "which")) for _ in range(min(len(out), 3))]
             for request in done:
-                content = os.urandom(data.draw(st.integers(0, min(request.writable, 500)), "written"))
-                offset = data.draw(st.integers(0, request.writable - len(content)), "offset")
-                assert request.write(content, offset) == len(content)
-                told = data.draw(st.none() | st.integers(0, request.writable), "told")
-                writable = driver.chains[request._chain.head][1].writable
-                high = offset + len(content) if content else 0
-                # Buffers of a chain may overlap: what was written last stays.
-                places = model.addresses(model.prefix(writable, high))[offset:]
-                left = dict(zip(places, content, strict=True))
-                assert {place: world.get(place, 1)[0] for place in left} == left
-                expected_dirty |= model.pages(model.prefix(writable, max(told or 0, high)))
-                request.complete(told)
+                expected_dirty |= complete(data, request, driver.chains[request._chain.head][1].writable, world)
             ring.used_event(event := data.draw(st.integers(start, start + 20), "event"))
             queue.flush()
             now = (signalled + len(done)) & 0xFFFF
