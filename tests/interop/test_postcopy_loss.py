@@ -18,7 +18,6 @@ pytestmark = [pytest.mark.interop, pytest.mark.postcopy, pytest.mark.timeout(180
 
 FILL = 96
 READ = "while true; do echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda of=/dev/null bs=1M; done"
-BANDWIDTHS = {"bandwidth": 20_000_000, "postcopy_bandwidth": 10_000_000}
 
 
 async def test_back_end_killed(bench: Bench) -> None:
@@ -31,7 +30,7 @@ async def test_back_end_killed(bench: Bench) -> None:
     fill = await fill_memory(bench.guest, FILL)
     backend = await bench.backend(image)
     destination = await bench.destination(hardware, backend)
-    migration = bench.migration(source, destination, capabilities=["postcopy-ram"], **BANDWIDTHS)
+    migration = bench.migration(source, destination, postcopy=True)
     async with disk.read_throughout():
         await migration.start()
         await migration.switch()
@@ -104,7 +103,7 @@ async def _blocked_in_postcopy(bench: Bench) -> tuple[BackendProcess, Machine]:
     await fill_memory(bench.guest, FILL)
     backend = await bench.backend(image)
     destination = await bench.destination(hardware, backend)
-    migration = bench.migration(source, destination, capabilities=["postcopy-ram"], **BANDWIDTHS)
+    migration = bench.migration(source, destination, postcopy=True)
     bench.guest.start(READ)
     await migration.start()
     await migration.switch()

@@ -16,7 +16,7 @@ from vhostuser.tools.lab.guest import Guest
 from vhostuser.tools.lab.hugepages import hugepages
 from vhostuser.tools.lab.image import GuestImage
 from vhostuser.tools.lab.machine import Event, Hardware, Machine, event_time
-from vhostuser.tools.lab.migration import Migration
+from vhostuser.tools.lab.migration import UNLIMITED, Migration
 from vhostuser.tools.lab.process import Process
 from vhostuser.tools.lab.trace import EVENTS
 
@@ -84,9 +84,9 @@ class Bench:
         source: Machine,
         destination: Machine,
         *,
+        postcopy: bool = False,
         capabilities: Sequence[str] = (),
-        bandwidth: int = 0,
-        postcopy_bandwidth: int = 0,
+        bandwidth: int = UNLIMITED,
     ) -> Migration:
         """The migration of this bench's guest from ``source`` to ``destination``, not yet started."""
         return Migration(
@@ -94,9 +94,9 @@ class Bench:
             destination,
             self.guest,
             self.directory,
+            postcopy=postcopy,
             capabilities=capabilities,
             bandwidth=bandwidth,
-            postcopy_bandwidth=postcopy_bandwidth,
         )
 
     def report(self) -> str:

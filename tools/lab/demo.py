@@ -22,8 +22,10 @@ from vhostuser.tools.lab.observation import Observation, observe_postcopy
 from vhostuser.tools.lab.workload import Disk, fill_md5, fill_memory
 
 DISK = 64  # MiB
-BANDWIDTH = 20_000_000  # bytes per second, so that pages are still missing when the guest runs at the destination
-POSTCOPY_BANDWIDTH = 30_000_000
+BANDWIDTH = 60_000_000  # bytes per second of precopy, so that the guest does something meanwhile
+# Postcopy is kept slow until so much has been seen of it.
+FAULTS = 5
+REQUESTS = 200
 
 
 class Progress:
@@ -85,9 +87,8 @@ async def demonstrate(bench: Bench, options: argparse.Namespace, say: Progress) 
     migration = bench.migration(
         source,
         destination,
-        capabilities=[] if options.precopy else ["postcopy-ram"],
+        postcopy=not options.precopy,
         bandwidth=BANDWIDTH,
-        postcopy_bandwidth=POSTCOPY_BANDWIDTH,
     )
     begin = time.monotonic()
     async with disk.read_throughout():
@@ -118,7 +119,7 @@ async def _migrate(
     await migration.switch()
     say("postcopy: the guest runs at the destination, most of its memory is still at the source")
     flushed = bench.guest.run("sync", within=120)
-    seen, _ = await asyncio.gather(observe_postcopy(migration, backend), flushed)
+    seen, _ = await asyncio.gather(observe_postcopy(migration, backend, faults=FAULTS, requests=REQUESTS), flushed)
     say("the last page has arrived")
     return seen
 

@@ -13,13 +13,29 @@ from vhostuser.tools.lab.errors import LabError
 from vhostuser.tools.lab.guest import Guest
 from vhostuser.tools.lab.machine import Event, Machine, event_time
 
-#: The switch to postcopy waits until the first pass has moved this many bytes.
+#: A first pass that postcopy is to interrupt has moved this many bytes by then.
 FIRST_PASS = 4 << 20
 
 UNLIMITED = 1 << 40
 
 #: Bytes per second at which next to nothing is sent. QEMU limits each tenth of a second, and takes 0 for no limit.
 CRAWL = 4096
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Bytes per second before and after the switch to postcopy, for a guest under TCG.
+
+    Without limits the background transfer would outrun it, and no back-end would ever wait for a page. QEMU spends a
+    tenth of a second's worth at the beginning of it; a request that comes later waits for the next.
+    """
+
+    precopy: int
+    postcopy: int
+
+
+SMALL_PAGES = Pace(100_000_000, 10_000_000)
+HUGE_PAGES = Pace(20_000_000, CRAWL)
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,8 @@ class Span:
 class Migration:
     """One migration from ``source`` to ``destination``, which waits for it.
 
-    ``bandwidth`` and ``postcopy_bandwidth`` are in bytes per second, 0 for no limit; a limit keeps pages missing long
-    enough to be asked for. ``capabilities`` are QEMU's, postcopy-ram among them if ``switch`` is to be called.
+    With ``postcopy`` it is ``switch`` that ends precopy, and all is slow until ``release``; without, ``bandwidth`` is
+    the limit, in bytes per second. ``capabilities`` are QEMU's.
     """
 
     _numbers = itertools.count(1)
@@ -51,17 +67,20 @@ class Migration:
         guest: Guest,
         directory: Path,
         *,
+        postcopy: bool = False,
         capabilities: Sequence[str] = (),
-        bandwidth: int = 0,
-        postcopy_bandwidth: int = 0,
+        bandwidth: int = UNLIMITED,
     ) -> None:
         self.source = source
         self.destination = destination
         self._guest = guest
         self._directory = directory
-        self._capabilities = ("events", *capabilities)
-        self._bandwidth = bandwidth or UNLIMITED
-        self._postcopy_bandwidth = postcopy_bandwidth
+        self._capabilities = ("events", *(["postcopy-ram"] if postcopy else []), *capabilities)
+        pace = HUGE_PAGES if source.hardware.hugepages else SMALL_PAGES
+        self._bandwidth = pace.precopy if postcopy else bandwidth
+        self._parameters = {"max_postcopy_bandwidth": pace.postcopy}
+        if postcopy:
+            self._parameters["downtime_limit"] = 1  # ms: a guest that works never comes down to that by itself
 
     async def start(self) -> None:
         """Set both sides up and start; returns when the source has begun to send."""
@@ -72,7 +91,7 @@ class Migration:
         await self.source.execute(
             "migrate-set-parameters",
             max_bandwidth=CRAWL if careful else self._bandwidth,
-            max_postcopy_bandwidth=self._postcopy_bandwidth,
+            **self._parameters,
         )
         uri = self._uri()
         await self.destination.execute("migrate-incoming", uri=uri)
@@ -90,19 +109,30 @@ class Migration:
         await self._limit(CRAWL)
 
     async def release(self) -> None:
-        """Go on after ``hold``, as fast as can be."""
-        await self._limit(UNLIMITED)
+        """Go on after ``hold`` or ``switch``, as fast as can be."""
+        await self.source.execute(
+            "migrate-set-parameters", max_bandwidth=UNLIMITED, max_postcopy_bandwidth=0, downtime_limit=300
+        )
 
-    async def switch(self, after: int = FIRST_PASS) -> None:
-        """Start postcopy, once ``after`` bytes have been moved; returns when the guest runs at the destination."""
-        while (await self.progress())["ram"]["transferred"] < after:  # noqa: ASYNC110 - no event tells
-            await asyncio.sleep(0.05)
-        passes = (await self.progress())["ram"]["dirty-sync-count"]
-        if self.source.hardware.loses_writes and passes > 1:
-            raise LabError(f"postcopy would start in pass {passes}, when QEMU has lost writes: use a lower bandwidth")
+    async def switch(self) -> None:
+        """Start postcopy; returns when the guest runs at the destination.
+
+        All memory has been sent once by then, so that what is missing is what the guest and the back-end have just
+        used. Where QEMU loses writes this would lose them for good, so there most memory is still to be sent.
+        """
+        if self.source.hardware.loses_writes:
+            await self._in_first_pass()
+        else:
+            await self.source.event("MIGRATION_PASS", **{"pass": 2})
         await self.source.execute("migrate-start-postcopy")
         await self.source_status("postcopy-active")
         await self.destination.event("RESUME")
+
+    async def _in_first_pass(self) -> None:
+        while (await self.progress())["ram"]["transferred"] < FIRST_PASS:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.05)
+        if (passes := (await self.progress())["ram"]["dirty-sync-count"]) > 1:
+            raise LabError(f"postcopy would start in pass {passes}, when QEMU has lost writes: use a lower bandwidth")
 
     async def pause(self) -> None:
         """Break the migration's connection in postcopy; returns when both sides say postcopy-paused."""

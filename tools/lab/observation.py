@@ -12,7 +12,7 @@ from vhostuser.tools.lab.backend import BackendProcess
 from vhostuser.tools.lab.machine import Machine
 from vhostuser.tools.lab.maps import place_of
 from vhostuser.tools.lab.migration import Migration, Span
-from vhostuser.tools.lab.trace import Base, bases, faults
+from vhostuser.tools.lab.trace import Base, bases, count_faults
 
 INTERVAL = 0.1
 
@@ -57,22 +57,38 @@ class Observation:
                 self.wrong_bases.add(base)
 
 
-async def observe_postcopy(migration: Migration, backend: BackendProcess, within: float = 120) -> Observation:
-    """Watch the destination's ``backend`` from now, in postcopy, until the migration has completed."""
+async def observe_postcopy(
+    migration: Migration, backend: BackendProcess, *, faults: int = 0, requests: int = 0, patience: float = 20
+) -> Observation:
+    """Watch the destination's ``backend`` from now, in postcopy, until the migration has completed.
+
+    Pages come slowly until QEMU has served so many ``faults`` of the back-end and it has completed so many
+    ``requests``, or ``patience`` seconds have gone by.
+    """
     seen = Observation()
-    over = asyncio.create_task(migration.completed(within))
+    completed = asyncio.create_task(migration.completed())
+    deadline = time.time() + patience
+    held = True
     try:
-        while not over.done():
-            seen.samples.append(Sample(time.time(), await backend.state()))
-            seen.check_bases(migration.destination, backend)
-            await asyncio.wait((over,), timeout=INTERVAL)
-        await over
+        while not completed.done():
+            await _look(seen, migration, backend)
+            if held and (time.time() > deadline or (seen.faults >= faults and seen.requests >= requests)):
+                await migration.release()
+                held = False
+            await asyncio.wait((completed,), timeout=INTERVAL)
+        await completed
     finally:
-        over.cancel()
+        completed.cancel()
     seen.span = await migration.postcopy_span()
-    seen.faults = faults(migration.destination.trace(), seen.span.begin, seen.span.end)
+    seen.faults = count_faults(migration.destination.trace(), seen.span.begin, seen.span.end)
     seen.samples = [sample for sample in seen.samples if sample.time < seen.span.end]
     return seen
+
+
+async def _look(seen: Observation, migration: Migration, backend: BackendProcess) -> None:
+    seen.samples.append(Sample(time.time(), await backend.state()))
+    seen.check_bases(migration.destination, backend)
+    seen.faults = count_faults(migration.destination.trace())
 
 
 def waiting_threads(pid: int) -> int:

@@ -47,6 +47,6 @@ def bases(trace: list[TraceLine]) -> list[Base]:
     return [Base(int(match[1], 16), int(match[2], 16)) for match in found if match]
 
 
-def faults(trace: list[TraceLine], begin: float = 0, end: float = float("inf")) -> int:
+def count_faults(trace: list[TraceLine], begin: float = 0, end: float = float("inf")) -> int:
     """How many faults of the back-end QEMU took up from ``begin`` to ``end``, in seconds since the epoch."""
     return sum(line.event == FAULT and begin <= line.time <= end for line in trace)

@@ -1,7 +1,7 @@
 """What a guest does while it is watched, and how it is known that it did it right.
 
-The disk's first half is read and never written, the second half is written; ``fill`` is memory that nobody touches but
-the migration. The commands are for the guest's shell, the expectations are computed on the host from the image file.
+``fill`` is memory that nobody touches but the migration. The commands are for the guest's shell, the expectations are
+computed on the host from the image file.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ done"""
 
 
 class Disk:
-    """The guest's `/dev/vda`, seen from both sides: ``image`` is the host's file, of ``mebibytes``."""
+    """The guest's `/dev/vda`, seen from both sides: ``image`` is the host's file, of ``mebibytes``.
 
-    def __init__(self, guest: Guest, image: Path) -> None:
+    Its first part, up to ``writable``, is read and never written; the rest is written.
+    """
+
+    def __init__(self, guest: Guest, image: Path, *, writable: int | None = None) -> None:
         self.guest = guest
         self.image = image
         self.mebibytes = image.stat().st_size // MIB
-        #: MiB: what is below is only read, the rest is written.
-        self.writable = self.mebibytes // 2
+        #: MiB: what is below is only read, the rest is written. The default is the middle.
+        self.writable = self.mebibytes // 2 if writable is None else writable
 
     def md5(self, first: int, count: int) -> str:
         """The checksum of ``count`` MiB of the image from MiB ``first`` on."""
@@ -62,7 +65,7 @@ class Disk:
 
     @contextlib.asynccontextmanager
     async def read_throughout(self) -> AsyncIterator[None]:
-        """Read the first half again and again as long as the context lasts.
+        """Read the first part again and again as long as the context lasts.
 
         Left without an exception, it raises ``LabError`` if one reading was wrong or there was none.
         """
@@ -75,7 +78,7 @@ class Disk:
 
     @contextlib.asynccontextmanager
     async def write_throughout(self) -> AsyncIterator[None]:
-        """Write the second half, chunk by chunk with a flush after each, as long as the context lasts.
+        """Write the second part, chunk by chunk with a flush after each, as long as the context lasts.
 
         Left without an exception, it raises ``LabError`` if the image does not hold what was last written.
         """
@@ -101,7 +104,7 @@ class Disk:
             await asyncio.gather(running, return_exceptions=True)
 
     async def hold_dirty(self, mebibytes: int) -> None:
-        """Write so much of ``fill`` to the second half, into the guest's page cache only: ``sync`` sends it."""
+        """Write so much of ``fill`` to the second part, into the guest's page cache only: ``sync`` sends it."""
         await self.guest.run(
             "echo 0 >/proc/sys/vm/dirty_writeback_centisecs; echo 90 >/proc/sys/vm/dirty_background_ratio;"
             f"dd if=/tmp/fill of=/dev/vda bs=1M seek={self.writable} count={mebibytes} conv=notrunc"
