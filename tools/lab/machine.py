@@ -157,12 +157,16 @@ class Machine:
         await self.process.ended()
         await self._stack.aclose()
 
-    async def execute(self, command: str, within: float = 30, **arguments: Any) -> Any:
-        """The answer of QEMU's monitor to a command; underscores in argument names stand for hyphens."""
+    async def execute(self, command: str, within: float = 30, *, oob: bool = False, **arguments: Any) -> Any:
+        """The answer of QEMU's monitor to a command; underscores in argument names stand for hyphens.
+
+        oob: out of band, by the monitor's own thread. A virtual CPU that waits for a page while it holds the big lock
+        stops QEMU's main thread, which alone answers everything else.
+        """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
             async with asyncio.timeout(within):
-                return await self._qmp.execute(command, named)
+                return await self._qmp.execute(command, named, oob=oob)
         except TimeoutError:
             raise LabError(f"{self.name} does not answer {command} within {within:g} s") from None
         except QMPError as error:

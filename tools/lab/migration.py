@@ -137,7 +137,7 @@ class Migration:
     async def pause(self) -> None:
         """Break the migration's connection in postcopy; returns when both sides say postcopy-paused."""
         seen = [len(machine.events.entries) for machine in (self.source, self.destination)]
-        await self.source.execute("migrate-pause")
+        await self.source.execute("migrate-pause", oob=True)
         for machine, start in zip((self.source, self.destination), seen, strict=True):
             await machine.event("MIGRATION", start=start, status="postcopy-paused")
 
@@ -145,7 +145,7 @@ class Migration:
         """Connect again after ``pause``; returns when postcopy goes on."""
         seen = len(self.source.events.entries)
         uri = self._uri()
-        await self.destination.execute("migrate-recover", uri=uri)
+        await self.destination.execute("migrate-recover", oob=True, uri=uri)
         await self.source.execute("migrate", uri=uri, resume=True)
         await self.source.event("MIGRATION", start=seen, status="postcopy-active")
 
