@@ -534,9 +534,28 @@ static void nested(struct guest *guest)
     CHECK(!"the memory was revoked");
 }
 
+/* The device has the file as well: it may cut it off and give it back between two offers. */
+static void lost_offers(void)
+{
+    struct guest guest;
+    open_guest(&guest);
+    int error;
+    vu_driver *driver = vu_driver_new(guest.map, FAR_GUEST, 4, 0, &error);
+    vu_buffer buffer = {0, 4096, 1};
+    CHECK(driver && ftruncate(guest.fds[2], 0) == 0);
+    for (int i = 0; i <= 4; i++)
+        CHECK(vu_driver_add(driver, &buffer, 1) == VU_E_FAULT);
+    CHECK(ftruncate(guest.fds[2], (off_t)FAR_SIZE) == 0);
+    for (int i = 0; i < 4; i++)
+        CHECK(vu_driver_add(driver, &buffer, 1) == i);
+    vu_driver_free(driver);
+    close_guest(&guest);
+}
+
 int main(int count, char **arguments)
 {
     CHECK(count == 3);
+    lost_offers();
     struct guest guest;
     open_guest(&guest);
     for (uint32_t size = 1; size <= 1024; size *= 4)

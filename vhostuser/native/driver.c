@@ -151,17 +151,20 @@ static struct vu_desc describe(const vu_buffer *buffer, bool last, uint16_t next
     return (struct vu_desc){buffer->guest, buffer->length, flags, last ? 0 : next};
 }
 
-/* Takes descriptors off the free list as it writes them. */
-static void write_direct(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
+/* Both write descriptors from the head of the free list on, and return what follows them there: they are taken off it when
+ * all is written, for the memory may be gone halfway, and come back. */
+static uint16_t write_direct(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
 {
+    uint16_t index = driver->free_head;
     for (uint32_t i = 0; i < count; i++) {
-        uint16_t index = driver->free_head;
-        driver->free_head = driver->offers[index].next;
-        driver->desc[index] = describe(&buffers[i], i + 1 == count, driver->free_head);
+        uint16_t next = driver->offers[index].next;
+        driver->desc[index] = describe(&buffers[i], i + 1 == count, next);
+        index = next;
     }
+    return index;
 }
 
-static void write_indirect(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
+static uint16_t write_indirect(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
 {
     uint16_t head = driver->free_head;
     struct vu_desc *table = driver->tables + (uint64_t)head * VU_DRIVER_TABLE;
@@ -169,7 +172,7 @@ static void write_indirect(vu_driver *driver, const vu_buffer *buffers, uint32_t
         table[i] = describe(&buffers[i], i + 1 == count, (uint16_t)(i + 1));
     uint64_t guest = driver->at + tables_offset(driver->size) + head * vu_desc_bytes(VU_DRIVER_TABLE);
     driver->desc[head] = (struct vu_desc){guest, (uint32_t)vu_desc_bytes(count), VU_DESC_INDIRECT, 0};
-    driver->free_head = driver->offers[head].next;
+    return driver->offers[head].next;
 }
 
 int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
@@ -181,13 +184,11 @@ int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
     if (VU_GUARD(&guard, driver->map))
         return VU_E_FAULT;
     uint16_t head = driver->free_head;
-    if (driver->tables)
-        write_indirect(driver, buffers, count);
-    else
-        write_direct(driver, buffers, count);
+    uint16_t rest = driver->tables ? write_indirect(driver, buffers, count) : write_direct(driver, buffers, count);
     vu_store16(&driver->avail->ring[driver->added & driver->mask], head);
     vu_guard_leave(&guard);
     driver->added++;
+    driver->free_head = rest;
     driver->free_count -= wanted;
     struct offer *offer = &driver->offers[head];
     offer->descriptors = (uint16_t)wanted;
