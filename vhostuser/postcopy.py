@@ -176,15 +176,12 @@ class MemoryRecord:
     def _read(self) -> frozenset[_File]:
         try:
             rows = json.loads(self._path.read_bytes())
-            files = frozenset(
-                _File(str(boot), int(device), int(inode), int(size)) for boot, device, inode, size in rows
-            )
+            return frozenset(_File(str(boot), int(device), int(inode), int(size)) for boot, device, inode, size in rows)
         except FileNotFoundError:
             return frozenset()
         except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             log.warning("%s: not a record of guest memory, taken for an empty one: %s", self._path, error)
             return frozenset()
-        return frozenset(file for file in files if file.boot == self._boot)
 
     def _store(self, files: frozenset[_File]) -> None:
         if files == self._files:

@@ -11,7 +11,7 @@ import random
 import select
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vhostuser._native import ffi, lib
 from vhostuser.uffd import NotPermitted, TouchPool, Userfaultfd
 
 SMALL, HUGE = 4096, 2 << 20
-HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 PATIENCE = 10.0
 """Seconds until something that must happen counts as never happening."""
 
@@ -44,17 +44,22 @@ def permitted() -> None:
 
 @pytest.fixture(scope="session")
 def huge_pages() -> Iterator[None]:
-    """64 huge pages of 2 MiB, for this session."""
-    before = int(HUGE_PAGES.read_text()) if HUGE_PAGES.exists() else 0
-    if before < 64:
+    """64 huge pages of 2 MiB that nobody else uses, for this session."""
+    free = HUGE_PAGES / "free_hugepages"
+    total = HUGE_PAGES / "nr_hugepages"
+    if not HUGE_PAGES.exists():
+        pytest.skip("the kernel has no huge pages of 2 MiB")
+    before, wanted = int(total.read_text()), 64
+    if int(free.read_text()) < wanted:
         try:
-            HUGE_PAGES.write_text("64")
+            total.write_text(str(before + wanted))
         except OSError as error:
-            pytest.skip(f"no huge pages and no right to reserve some: {error}")
-    if int(HUGE_PAGES.read_text()) < 64:
-        pytest.skip("the kernel has no 64 huge pages left")
+            pytest.skip(f"too few free huge pages and no right to add some: {error.strerror}")
+    if int(free.read_text()) < wanted:
+        pytest.skip(f"there is no memory for {wanted} huge pages")
     yield
-    HUGE_PAGES.write_text(str(before))
+    if int(total.read_text()) == before + wanted:
+        total.write_text(str(before))
 
 
 @pytest.fixture(params=[SMALL, HUGE], ids=["4KiB", "2MiB"])
@@ -196,7 +201,8 @@ class Guest:
                 pages = [(fault.address - self.base) // self.page_size for fault in self.uffd.read()]
                 if order:
                     order.shuffle(pages)
-                self.place(*pages)
+                with suppress(FileNotFoundError):  # revoked meanwhile, and so no longer registered
+                    self.place(*pages)
 
         thread = threading.Thread(target=serve)
         thread.start()

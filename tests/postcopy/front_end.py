@@ -1,12 +1,13 @@
-"""The front-end of a test, as a process of its own: places pages by its own userfaultfd, wakes the back-end by the back-end's.
+"""The front-end of a test, as a process of its own: places pages by its own userfaultfd, wakes by the back-end's.
 
-Arguments: descriptor of the memory, descriptor of the back-end's userfaultfd, the back-end's base, page size, what to do with
-faults: "serve" or "hold". Says "ready" on its standard output and leaves at the end of its standard input.
+Arguments: descriptor of the memory, descriptor of the back-end's userfaultfd, the back-end's base, page size, what to
+do with faults: "serve" or "hold". Says "ready" on its standard output, leaves at the end of its standard input.
 """
 
 import os
 import select
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 from vhostuser.memory import Region
@@ -27,10 +28,8 @@ def main(memory: int, theirs: int, base: int, page_size: int, serve: bool) -> No
         for fault in back_end.read():
             page = (fault.address - base) // page_size
             # Found placed already (EEXIST) it needs the wake all the same.
-            try:
+            with suppress(FileExistsError):
                 ours.copy(region.base + page * page_size, bytes([page % 255 + 1]) * page_size)
-            except FileExistsError:
-                pass
             back_end.wake(base + page * page_size, page_size)
 
 
