@@ -11,11 +11,13 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "core.h"
@@ -552,6 +554,30 @@ static void lost_offers(void)
     close_guest(&guest);
 }
 
+static volatile int warnings;
+
+static void on_warning(int number)
+{
+    (void)number;
+    warnings++;
+}
+
+/* The kernel tells of bad memory that nobody touches (BUS_MCEERR_AO) at any moment, while a lock is held for example. */
+static void warned(struct guest *guest)
+{
+    struct sigaction before, counting = {.sa_handler = on_warning};
+    siginfo_t warning = {.si_signo = SIGBUS, .si_code = BUS_MCEERR_AO};
+    struct vu_guard guard;
+    CHECK(sigaction(SIGBUS, &counting, &before) == 0 && vu_guard_install() == 0);
+    warning.si_addr = vu_map_guest(guest->map, 0, 1);
+    if (VU_GUARD(&guard, guest->map))
+        CHECK(!"a warning is no fault of ours");
+    CHECK(syscall(SYS_rt_sigqueueinfo, getpid(), SIGBUS, &warning) == 0);
+    vu_guard_leave(&guard);
+    CHECK(warnings == 1);
+    CHECK(sigaction(SIGBUS, &before, NULL) == 0);
+}
+
 int main(int count, char **arguments)
 {
     CHECK(count == 3);
@@ -573,6 +599,7 @@ int main(int count, char **arguments)
     lose(&guest, revoke_all);
     close_guest(&guest);
     open_guest(&guest);
+    warned(&guest);
     nested(&guest);
     close_guest(&guest);
     puts("ok");

@@ -36,13 +36,21 @@ static bool covers(const struct vu_guard *guard, uintptr_t address)
            (guard->map && vu_map_page_size(guard->map, (const void *)address) != 0);
 }
 
-/* Neither ours nor anybody's: die as if there had been no handler. A fault happens again on return; a signal that
- * somebody sent does not. */
+/* Whether the interrupted instruction made the fault. Not so a signal that a process sent (si_code <= 0, and si_addr means
+ * nothing), nor the kernel's warning of bad memory that nobody has touched yet: it comes at any moment, while a lock is
+ * held for example, and who touches that page gets a fault of his own. */
+static bool is_fault(int signal, const siginfo_t *info)
+{
+    return info->si_code > 0 && !(signal == SIGBUS && info->si_code == BUS_MCEERR_AO);
+}
+
+/* Neither ours nor anybody's: die as if there had been no handler. A fault happens again on return, other signals do
+ * not. */
 static void give_up(int signal, const siginfo_t *info)
 {
     struct sigaction standard = {.sa_handler = SIG_DFL};
     sigaction(signal, &standard, NULL);
-    if (info->si_code <= 0)
+    if (!is_fault(signal, info))
         raise(signal);
 }
 
@@ -65,8 +73,7 @@ static void pass_on(int signal, siginfo_t *info, void *context)
 
 static void on_fault(int signal, siginfo_t *info, void *context)
 {
-    /* si_code <= 0: sent by a process, si_addr means nothing. */
-    for (struct vu_guard *guard = innermost; guard && info->si_code > 0; guard = guard->outer) {
+    for (struct vu_guard *guard = is_fault(signal, info) ? innermost : NULL; guard; guard = guard->outer) {
         if (covers(guard, (uintptr_t)info->si_addr)) {
             innermost = guard->outer;
             foreign_depth = 0; /* a foreign handler that left by a jump never counted back */
