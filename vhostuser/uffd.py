@@ -292,17 +292,21 @@ class TouchPool:
         """The ``vu_touch *`` for vu_queue_set_touch; whoever takes it keeps this object. Starts the threads."""
         with self._lock:
             if not self._threads:
-                self._threads = [self._start(number) for number in range(self._count)]
+                self._start()
         return self._touch
 
-    def _start(self, number: int) -> threading.Thread:
-        thread = threading.Thread(target=self._run, name=f"touch {number}", daemon=True)
-        thread.start()
-        return thread
-
-    def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGBUS, signal.SIGSEGV})
-        lib.vu_touch_run(self._touch)
+    def _start(self) -> None:
+        # A new thread inherits the mask, so there is no moment at which it takes signals.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGBUS, signal.SIGSEGV})
+        try:
+            for number in range(self._count):
+                thread = threading.Thread(
+                    target=lib.vu_touch_run, args=(self._touch,), name=f"touch {number}", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stats(self) -> FaultStats:
         """Since the pool was made."""
