@@ -45,7 +45,9 @@ class Pair:
     async def close(self) -> None:
         """Disconnects and waits until the back-end has cleaned up; may be called again."""
         self.frontend.close()
-        await asyncio.wait_for(self.serving, 10)
+        done, _ = await asyncio.wait((self.serving,), timeout=10)
+        assert done, "the back-end does not end"
+        assert self.serving.cancelled() or self.serving.exception() is None
         while self.rings:
             self.rings.pop().close()
         if self.memory is not None:
@@ -82,6 +84,11 @@ def open_fds() -> dict[int, str]:
         except OSError:  # the directory's own
             continue
     return found
+
+
+def threads() -> int:
+    """This process's threads."""
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 @pytest.fixture

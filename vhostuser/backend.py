@@ -110,19 +110,17 @@ class Backend:
             await self.serve(sock, path)
             if once:
                 return
+            await asyncio.sleep(pause)  # or a front-end that hangs up at once would be dialled without end
 
     async def serve(self, sock: socket.socket, name: str = "") -> None:
         """Serves the front-end at the other end of a connected socket, which is closed at the end."""
-        device = self._device if isinstance(self._device, Device) else self._device()
-        half = Postcopy(self._pool, device_fd=self._uffd_device, record=self._record) if self._postcopy else None
-        connection = Connection(
-            sock,
-            device,
-            name=name or f"fd {sock.fileno()}",
-            postcopy=half,
-            record=self._record,
-            mem_slots=self._mem_slots,
-        )
+        name = name or f"fd {sock.fileno()}"
+        try:
+            connection = self._connection(sock, name)
+        except Exception as error:  # no descriptor left, or a device that cannot be made; the others are served on
+            log.error("%s: a front-end cannot be served: %s", name, error)
+            sock.close()
+            return
         self.connections.append(connection)
         log.info("%s: a front-end is here", connection.name)
         try:
@@ -130,6 +128,13 @@ class Backend:
         finally:
             self.connections.remove(connection)
             log.info("%s: the front-end has gone", connection.name)
+
+    def _connection(self, sock: socket.socket, name: str) -> Connection:
+        device = self._device if isinstance(self._device, Device) else self._device()
+        half = Postcopy(self._pool, device_fd=self._uffd_device, record=self._record) if self._postcopy else None
+        return Connection(
+            sock, device, name=name, postcopy=half, record=self._record, mem_slots=self._mem_slots
+        )
 
     def state(self) -> dict[str, object]:
         """The state of everything: JSON-able values; for SIGUSR1."""

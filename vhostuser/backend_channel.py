@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import socket
+from collections import deque
 
 from vhostuser.channel import Channel, Fds
 from vhostuser.protocol import BackendRequest, Client, Payload, ProtocolError
@@ -24,42 +25,60 @@ class BackendChannel:
     the back-end must go on answering it all the same. No acknowledgement is asked for, so no answer is ever waited for.
     """
 
-    def __init__(self, fd: int, session: Client) -> None:
-        """Raises OSError if ``fd`` is no Unix stream socket; the caller then still owns it."""
+    def __init__(self, fd: int, session: Client, name: str) -> None:
+        """``name`` is the front-end's, for the log. Raises OSError if ``fd`` is no Unix stream socket, or cannot be
+        watched; the caller then still owns it.
+        """
         sock = socket.socket(fileno=fd)
-        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+        try:
+            if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+                raise OSError(errno.EPROTOTYPE, "a Unix stream socket was expected")
+            self._channel = Channel(sock)
+        except OSError:
             sock.detach()
-            raise OSError(errno.EPROTOTYPE, "a Unix stream socket was expected")
+            raise
         self._session = session
-        self._channel = Channel(sock)
-        self._queue: asyncio.Queue[tuple[BackendRequest, Payload | None]] = asyncio.Queue()
-        self._task = asyncio.ensure_future(self._serve())
+        self._name = name
+        self._waiting: deque[tuple[BackendRequest, Payload | None]] = deque()
+        self._more = asyncio.Event()
+        self._tasks = [asyncio.ensure_future(self._write()), asyncio.ensure_future(self._read())]
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for the front-end to read."""
+        return len(self._waiting)
 
     def send(self, code: BackendRequest, payload: Payload | None = None) -> None:
-        """Sends a request without waiting for anything."""
-        self._queue.put_nowait((code, payload))
+        """Sends a request without waiting for anything; one that waits already is not sent twice."""
+        if (code, payload) not in self._waiting:
+            self._waiting.append((code, payload))
+            self._more.set()
 
-    async def _serve(self) -> None:
-        reading = asyncio.ensure_future(self._read())
+    async def _write(self) -> None:
         try:
             while True:
-                outgoing = self._session.request(*await self._queue.get())
-                await self._channel.send(outgoing.data, outgoing.fds)
-        except (ConnectionError, ProtocolError) as error:
-            log.warning("the back-end channel is closed: %s", error)
-        finally:
-            reading.cancel()
-            self._channel.close()
+                await self._more.wait()
+                self._more.clear()
+                while self._waiting:
+                    outgoing = self._session.request(*self._waiting.popleft())
+                    await self._channel.send(outgoing.data, outgoing.fds)
+        except (OSError, ProtocolError) as error:
+            log.warning("%s: the back-end channel is closed: %s", self._name, error)
+            self._channel.end()
 
     async def _read(self) -> None:
         """Nothing is expected here: whatever comes ends the channel, descriptors included."""
         fds = Fds()
         try:
             _, fds = await self._channel.receive(self._session.wanted)
+        except (OSError, ProtocolError) as error:
+            log.warning("%s: the back-end channel is closed: %s", self._name, error)
         finally:
             fds.close()
-            self._channel.end()
+        self._channel.end()
 
     def close(self) -> None:
         """Stops sending; what was not sent is dropped."""
-        self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self._channel.close()

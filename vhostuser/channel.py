@@ -74,7 +74,7 @@ class Channel:
         self._lost = asyncio.Event()
         # While a request waits for a ring nobody reads the socket, and add_reader cannot ask for EPOLLRDHUP; an
         # epoll descriptor is itself readable when it has events, on asyncio and on uvloop.
-        self._hangup = select.epoll()
+        self._hangup = select.epoll()  # closes itself when what follows raises
         self._hangup.register(sock, select.EPOLLRDHUP)
         self._loop.add_reader(self._hangup.fileno(), self._on_hangup)
 
@@ -120,6 +120,11 @@ class Channel:
             else:
                 rest, ancillary = rest[sent:], []
 
+    def offer(self, data: bytes) -> None:
+        """Sends ``data`` if there is room for it at once: the last words to a peer that may not be listening."""
+        with contextlib.suppress(OSError):
+            self._sock.send(data, socket.MSG_NOSIGNAL)
+
     def end(self) -> None:
         """Shuts the connection down: the reader sees the end of the stream, as does the peer."""
         with contextlib.suppress(OSError):
@@ -145,7 +150,8 @@ async def readable(source: int | socket.socket) -> None:
     try:
         await ready.wait()
     finally:
-        loop.remove_reader(source)
+        if isinstance(source, int) or source.fileno() >= 0:  # who closed the socket has ended the watching
+            loop.remove_reader(source)
 
 
 async def _writable(sock: socket.socket) -> None:
@@ -155,7 +161,8 @@ async def _writable(sock: socket.socket) -> None:
     try:
         await ready.wait()
     finally:
-        loop.remove_writer(sock)
+        if sock.fileno() >= 0:
+            loop.remove_writer(sock)
 
 
 def _owned(ancillary: list[tuple[int, int, bytes]], flags: int) -> Fds:

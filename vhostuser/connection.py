@@ -1,27 +1,29 @@
-"""One front-end: its negotiation, its memory and the life of its rings.
+"""One front-end: the conversation with it.
 
 What belongs here: what each request does to the device. What does not: whether a request is allowed and what is sent
-back (``protocol.session``), how bytes travel (``channel``), how a ring is served (``ring``, ``dataplane``).
+back (``protocol.session``), how bytes travel (``channel``), when rings and the device start and stop (``lifecycle``),
+what memory is mapped (``regions``).
 
-Everything runs on the control thread and nothing touches guest memory. A ring is started and stopped in one place only,
-``_settle``: requests change what is wanted, and settling makes it so. Requests that must see a ring stopped wait for
-its thread; the loop serves everything else meanwhile and watches the socket for the loss of the front-end.
+Everything runs on the control thread and nothing touches guest memory. Requests are done strictly in order: a front-end
+without REPLY_ACK takes the answer to a later GET_FEATURES for the end of the requests before it. A request that must
+see a ring stopped therefore waits for its thread; the loop serves other connections meanwhile and watches the socket
+for the loss of the front-end. No request waits for what goes on by itself, such as the start of a device.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 from vhostuser.backend_channel import BackendChannel
 from vhostuser.channel import Channel, Fds
 from vhostuser.dataplane import DataThread
-from vhostuser.device import Device, DeviceFailed
+from vhostuser.device import Device
+from vhostuser.lifecycle import Lifecycle
 from vhostuser.memory import DirtyLog, GuestMemory, Region
 from vhostuser.postcopy import MemoryRecord, Postcopy
 from vhostuser.protocol import (
@@ -34,11 +36,9 @@ from vhostuser.protocol import (
     FrontendRequest,
     Inflight,
     Log,
-    MemoryRegion,
     MemoryTable,
     Payload,
     ProtocolFeature,
-    QueueBroken,
     RemoteProtocolError,
     Reply,
     Request,
@@ -48,17 +48,17 @@ from vhostuser.protocol import (
     VringAddress,
     VringFd,
     VringState,
+    feature_names,
+    protocol_feature_names,
 )
 from vhostuser.protocol import Postcopy as PostcopyState
+from vhostuser.regions import Regions
 from vhostuser.ring import Ring, usable_event
 from vhostuser.virtqueue import InflightRegion
 
 log = logging.getLogger("vhostuser")
 
 P = TypeVar("P", bound=Payload)
-
-# How often memory that a lost front-end left with holes is looked at again, in seconds.
-_HOLES_AGAIN = 0.25
 
 TRANSPORT_FEATURES = (
     VirtioFeature.LOG_ALL.mask
@@ -80,13 +80,16 @@ PROTOCOL_FEATURES = (
 )
 """What the runtime offers whatever the device; PAGEFAULT comes from ``Postcopy``."""
 
+_STOPPING = frozenset({FrontendRequest.GET_VRING_BASE, FrontendRequest.SET_VRING_ENABLE, FrontendRequest.RESET_OWNER})
+"""Requests by whose answer rings have stopped, and with the last of them the device."""
+
 
 class Connection:
     """Serves ``device`` to the front-end at the other end of ``sock``; owns the socket, memory and rings.
 
     ``postcopy`` is the back-end's half of postcopy, or None where PAGEFAULT is not offered. ``record`` remembers memory
     that must not be touched while it has holes. ``mem_slots`` is the answer to GET_MAX_MEM_SLOTS; with 0
-    CONFIGURE_MEM_SLOTS is not offered.
+    CONFIGURE_MEM_SLOTS is not offered. Raises OSError when no descriptor is left; ``sock`` is then still the caller's.
     """
 
     def __init__(
@@ -101,8 +104,6 @@ class Connection:
     ) -> None:
         self.name = name
         self._device = device
-        self._postcopy = postcopy
-        self._record = record
         self._channel = Channel(sock)
         self._session = BackendSession(
             features=TRANSPORT_FEATURES | device.features,
@@ -111,18 +112,10 @@ class Connection:
             max_slots=mem_slots,
         )
         self._mem_slots = mem_slots
-        self.rings = [Ring(index) for index in range(device.queues)]
-        self.memory = GuestMemory()
-        self._unregistered: list[Region] = []
-        self._holes: list[int] = []
-        self._dirty_log: DirtyLog | None = None
-        self._inflight: InflightRegion | None = None
+        self._life = Lifecycle(name, device, self._session, self._channel.end)
+        self._regions = Regions(name, postcopy, record, self._life.changed)
         self._backend_channel: BackendChannel | None = None
-        self.data = DataThread(f"{name} data")
-        self._device_started = False
         self._config_changed = False
-        self._lock = asyncio.Lock()
-        self._changed = asyncio.Event()
         device.announce += (self._announce,)
 
     # ---- the life of the connection
@@ -130,20 +123,21 @@ class Connection:
     async def serve(self) -> None:
         """Answers the front-end until it has gone; then everything is stopped, unmapped and closed.
 
-        Never raises for what the peer does: a violation of the protocol is logged and ends the connection.
+        Never raises for what the peer or the device does: it is logged in a line and ends the connection.
         """
-        helpers = [asyncio.ensure_future(self._settle_when_changed()), asyncio.ensure_future(self._watch_loss())]
+        watching = asyncio.ensure_future(self._watch_loss())
+        self._life.begin(self._regions)
         try:
             await self._converse()
         except RemoteProtocolError as error:
             log.error("%s: the connection is closed: %s", self.name, error)
-            with contextlib.suppress(ConnectionError):
-                await self._channel.send(error.answer)
+            self._channel.offer(error.answer)
         except ConnectionError:
             pass
+        except Exception as error:
+            log.error("%s: the connection is closed: %s", self.name, error, exc_info=error)
         finally:
-            for helper in helpers:
-                helper.cancel()
+            watching.cancel()
             await asyncio.shield(self._close())
 
     async def _converse(self) -> None:
@@ -153,6 +147,8 @@ class Connection:
                 await self._answer(request)
             finally:
                 fds.close()
+            # A peer that never lets the socket run dry must not keep the loop from everybody else.
+            await asyncio.sleep(0)
 
     async def _next_request(self) -> tuple[Request, Fds] | None:
         """Reads exactly one message; the caller closes what is left of its descriptors."""
@@ -179,9 +175,10 @@ class Connection:
         outcome = await self._outcome(request)
         try:
             outgoing = self._session.finish(request, outcome)
-            async with self._lock:
-                await self._stop_what_may_not_run()
-            self._changed.set()
+            if request.code in _STOPPING:
+                await self._life.stop_unwanted()
+            self._life.changed()
+            self._announce_if_due()
             if outgoing is not None:
                 await self._channel.send(outgoing.data, outgoing.fds)
         finally:
@@ -200,125 +197,41 @@ class Connection:
         except RequestRefused as refusal:
             log.warning("%s: %s refused: %s", self.name, request.row, refusal)
             return refusal
+        except Exception as error:
+            # A full table of descriptors, a device that raises: what was promised cannot be known any more.
+            debugging = log.isEnabledFor(logging.DEBUG)
+            log.error("%s: %s failed, the connection is closed: %s", self.name, request.row, error, exc_info=debugging)
+            raise ConnectionAbortedError from error
 
     async def _watch_loss(self) -> None:
         """Fails closed: when the front-end is lost in postcopy nobody will bring the missing pages any more."""
         await self._channel.lost.wait()
-        if self._postcopy is not None and self._postcopy.active:
-            log.error("%s: the front-end was lost in postcopy: guest memory is given up", self.name)
-            self._postcopy.revoke(self.memory)
+        self._regions.revoke()
 
     async def _close(self) -> None:
-        if self._postcopy is not None:
-            self._postcopy.revoke(self.memory)
-        async with self._lock:
-            for ring in self.rings:
-                ring.drop_kick()
-            await self._stop_what_may_not_run()
-        for ring in self.rings:
-            ring.close()
         self._device.announce = tuple(fn for fn in self._device.announce if fn != self._announce)
-        self._set_holes([])
+        self._regions.revoke()
+        await self._life.close()
+        self._regions.close()
         if self._backend_channel is not None:
             self._backend_channel.close()
-        self.memory, self._dirty_log, self._inflight = GuestMemory(), None, None
         self._channel.close()
-        await self.data.close()
-
-    # ---- starting and stopping rings
-
-    def _may_run(self, ring: Ring) -> bool:
-        return (
-            self._session.rings[ring.index].runs
-            and ring.configured
-            and not self._holes
-            and self._session.postcopy is not PostcopyState.AWAITING_ACK
-        )
-
-    async def _settle_when_changed(self) -> None:
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                async with self._lock:
-                    await self._settle()
-            except Exception as error:
-                # What a device does not foresee is shown in full; either way its front-end must not wait for ever.
-                log.error("%s: the device does not start or stop: %s", self.name, error, exc_info=_surprise(error))
-                self._channel.end()
-
-    async def _settle(self) -> None:
-        """Makes what runs equal to what may run. Call with the lock held."""
-        await self._stop_what_may_not_run()
-        waiting = [ring for ring in self.rings if self._may_run(ring) and not ring.running]
-        if waiting and not self._device_started:
-            await self.data.run(self._device.start(self._session.features))
-            self._device_started = True
-        for ring in waiting:
-            if self._may_run(ring):
-                self._start(ring)
-        if self._config_changed and self._device_started:
-            self._announce()
-
-    async def _stop_what_may_not_run(self) -> None:
-        """Call with the lock held. When nothing may run any more, the device is stopped before this returns."""
-        for ring in self.rings:
-            if ring.running and not self._may_run(ring):
-                await ring.halt()
-        if self._device_started and not any(self._may_run(ring) for ring in self.rings):
-            self._device_started = False
-            await self.data.run(self._device.stop())
-
-    def _start(self, ring: Ring) -> None:
-        features = self._session.features
-        touch = self._postcopy.touch_pool() if self._postcopy is not None and self._postcopy.active else None
-        logged = self._dirty_log if features & VirtioFeature.LOG_ALL.mask else None
-        try:
-            queue = ring.open(self.memory, features, logged, self._inflight, touch)
-        except QueueBroken as error:
-            if ring.obstacle != str(error):
-                log.error("%s: ring %d cannot start: %s", self.name, ring.index, error)
-                ring.signal_err()
-            ring.obstacle = str(error)
-            return
-        ring.obstacle = ""
-        runner = ring.run(queue, self._device, self._device.engine(), self.data, self.name)
-        runner.finished.add_done_callback(lambda finished: self._ring_ended(ring, finished))
-
-    def _ring_ended(self, ring: Ring, finished: asyncio.Future[None]) -> None:
-        error = finished.exception()
-        if error is None:
-            return
-        log.error("%s: ring %d stopped: %s", self.name, ring.index, error)
-        ring.broken = (
-            error
-            if isinstance(error, QueueBroken)
-            else QueueBroken(ring.index, -1, 0, f"{type(error).__name__}: {error}")
-        )
-        ring.signal_err()
-        self._changed.set()
-
-    @contextlib.asynccontextmanager
-    async def _halted(self, *rings: Ring) -> AsyncIterator[None]:
-        """The rings (default: all) do not run inside; those that may are started again afterwards."""
-        async with self._lock:
-            for ring in rings or self.rings:
-                await ring.halt()
-            yield
-        self._changed.set()
-
-    def _kicked(self, ring: Ring) -> None:
-        self._session.kicked(ring.index)
-        self._changed.set()
 
     # ---- features and configuration space
 
     async def _set_features(self, request: Request) -> None:
-        changes = _payload(request, U64).value ^ self._session.features
-        if changes and any(ring.running for ring in self.rings):
-            # The halt alone is not enough: a ring must not be opened again before finish() has the new features.
-            async with self._halted():
+        features = _payload(request, U64).value
+        log.info("%s: features: %s", self.name, feature_names(features))
+        changes = features ^ self._session.features
+        # The halt alone is not enough: nothing may be started again before finish() has the new features.
+        if changes & ~VirtioFeature.LOG_ALL.mask:
+            await self._life.restart_device()
+        elif changes:
+            async with self._life.halted():
                 pass
+
+    async def _set_protocol_features(self, request: Request) -> None:
+        log.info("%s: protocol features: %s", self.name, protocol_feature_names(_payload(request, U64).value))
 
     async def _get_config(self, request: Request) -> Reply:
         asked = _payload(request, Config)
@@ -334,101 +247,42 @@ class Connection:
 
     # ---- memory
 
-    def _map(self, description: MemoryRegion, fd: int) -> Region:
-        listening = self._listening
-        kept = self.memory.same(description, fd)
-        if kept is not None:
-            return kept
-        region = Region.map(fd, description, at_user=listening, hidden=listening)
-        if listening:
-            self._unregistered.append(region)
-            if region.host != region.user:
-                log.warning("%s: %s: the front-end's own address is taken", self.name, region)
-        return region
-
     @property
     def _listening(self) -> bool:
         return self._session.postcopy in (PostcopyState.LISTENING, PostcopyState.AWAITING_ACK)
 
     async def _set_mem_table(self, request: Request) -> Reply | None:
-        table = _payload(request, MemoryTable)
-        fds = _fds(request)
-        memory = GuestMemory(tuple(self._map(region, fd) for region, fd in zip(table.regions, fds, strict=True)))
-        self._remember(fds)
-        for region in self.memory.regions:
-            if region not in memory.regions:
-                self._release(region)
-        async with self._halted():
-            self.memory = memory
+        descriptions = _payload(request, MemoryTable).regions
+        regions = self._regions.map(descriptions, _fds(request), listening=self._listening)
+        await self._adopt(GuestMemory(regions), zip(regions, _fds(request), strict=True))
         if not self._listening:
             return None
-        return Reply(MemoryTable(tuple(self._based(region) for region in table.regions)))
+        return Reply(MemoryTable(tuple(self._regions.based(description) for description in descriptions)))
 
     async def _add_mem_reg(self, request: Request) -> Reply | None:
         description = _payload(request, SingleRegion).region
         if len(self.memory.regions) >= self._mem_slots:
             raise RequestRefused(f"all {self._mem_slots} memory slots are taken")
-        memory = self.memory.add(self._map(description, _fds(request)[0]))
-        self._remember(_fds(request))
-        async with self._halted():
-            self.memory = memory
-        return Reply(SingleRegion(self._based(description))) if self._listening else None
+        (region,) = self._regions.map([description], _fds(request), listening=self._listening)
+        await self._adopt(self.memory.add(region), [(region, _fds(request)[0])])
+        return Reply(SingleRegion(self._regions.based(description))) if self._listening else None
 
     async def _rem_mem_reg(self, request: Request) -> None:
         gone = _payload(request, SingleRegion).region
-        region = self.memory.find(gone.guest, gone.size, gone.user)
-        self._release(region)
-        async with self._halted():
-            self.memory = self.memory.remove(region)
+        await self._adopt(self.memory.remove(self.memory.find(gone.guest, gone.size, gone.user)), [])
 
-    def _release(self, region: Region) -> None:
-        """In postcopy: whoever waits in a region that goes away must stop waiting before its rings can halt."""
-        if self._postcopy is not None and self._postcopy.active:
-            self._postcopy.release(region)
-
-    def _based(self, description: MemoryRegion) -> MemoryRegion:
-        """The description with our address in place of the front-end's."""
-        host = self.memory.find(description.guest, description.size, description.user).host
-        return MemoryRegion(description.guest, description.size, host, description.offset)
-
-    def _remember(self, fds: Fds) -> None:
-        """In postcopy: records the memory. Outside: memory so recorded is left alone until it has no holes."""
-        if self._record is None:
-            return
-        if self._listening:
-            self._record.add(fds)
-        else:
-            self._set_holes([os.dup(fd) for fd in fds if self._record.holds(fd)])
-            if self._holes:
-                log.warning(
-                    "%s: rings wait: a postcopy migration into this memory is under way and pages are missing",
-                    self.name,
-                )
-                self._look_at_holes()
-
-    def _look_at_holes(self) -> None:
-        assert self._record is not None
-        if all(not self._record.holds(fd) for fd in self._holes):
-            if self._holes:
-                log.warning("%s: the memory is whole, rings may start", self.name)
-                self._record.forget()
-            self._set_holes([])
-            self._changed.set()
-        else:
-            asyncio.get_running_loop().call_later(_HOLES_AGAIN, self._look_at_holes)
-
-    def _set_holes(self, fds: list[int]) -> None:
-        for fd in self._holes:
-            os.close(fd)
-        self._holes = fds
+    async def _adopt(self, memory: GuestMemory, arrived: Iterable[tuple[Region, int]]) -> None:
+        self._regions.release(memory)
+        async with self._life.halted():
+            self._regions.adopt(memory, arrived, listening=self._listening)
 
     async def _set_log_base(self, request: Request) -> Reply | None:
         if not isinstance(request.payload, Log):
             raise RequestRefused("a dirty log without a descriptor cannot be written: negotiate LOG_SHMFD")
         area = request.payload
         dirty_log = DirtyLog.map(_fds(request)[0], area.size, area.offset)
-        async with self._halted():
-            self._dirty_log = dirty_log
+        async with self._life.halted():
+            self._life.dirty_log = dirty_log
         return None
 
     # ---- rings
@@ -445,7 +299,7 @@ class Connection:
     async def _set_vring_addr(self, request: Request) -> None:
         address = _payload(request, VringAddress)
         ring = self.rings[address.index]
-        async with self._halted(ring):
+        async with self._life.halted(ring):
             ring.address = address
             ring.broken = None
 
@@ -461,30 +315,24 @@ class Connection:
 
     async def _get_vring_base(self, request: Request) -> Reply:
         ring = self.rings[_payload(request, VringState).index]
-        async with self._lock:
-            await ring.halt()
+        async with self._life.halted(ring):
             ring.drop_kick()
         return Reply(VringState(ring.index, ring.base))
 
     async def _set_vring_kick(self, request: Request) -> None:
-        ring, fd = self._event(request, "kick")
-        async with self._halted(ring):
-            ring.set_kick(fd, lambda: self._kicked(ring))
+        ring = self.rings[_payload(request, VringFd).index]
+        async with self._life.halted(ring):
+            ring.set_kick(_event(request, "kick"), lambda: self._kicked(ring))
 
     async def _set_vring_call(self, request: Request) -> None:
-        ring, fd = self._event(request, "call")
-        ring.set_call(fd)
+        self.rings[_payload(request, VringFd).index].set_call(_event(request, "call"))
 
     async def _set_vring_err(self, request: Request) -> None:
-        ring, fd = self._event(request, "err")
-        ring.set_err(fd)
+        self.rings[_payload(request, VringFd).index].set_err(_event(request, "err"))
 
-    def _event(self, request: Request, name: str) -> tuple[Ring, int | None]:
-        """The ring and the descriptor, now ours; None if the front-end said that there is none."""
-        which = _payload(request, VringFd)
-        if which.has_fd:
-            usable_event(_fds(request)[0], name)
-        return self.rings[which.index], _fds(request).take() if which.has_fd else None
+    def _kicked(self, ring: Ring) -> None:
+        self._life.kicked(ring)
+        self._announce_if_due()
 
     # ---- in-flight tracking
 
@@ -498,57 +346,73 @@ class Connection:
     async def _set_inflight_fd(self, request: Request) -> None:
         given = _payload(request, Inflight)
         region = InflightRegion.map(_fds(request)[0], given)
-        async with self._halted():
-            self._inflight = region
+        async with self._life.halted():
+            self._life.inflight = region
 
     # ---- postcopy
 
-    def _half(self) -> Postcopy:
-        if self._postcopy is None:
-            raise RequestRefused("PAGEFAULT was not offered")
-        return self._postcopy
-
     async def _postcopy_advise(self, request: Request) -> Reply:
-        return Reply(Empty(), fds=(os.dup(self._half().advise()),))
+        return Reply(Empty(), fds=(self._regions.advise(),))
 
     async def _postcopy_listen(self, request: Request) -> None:
         if request.effect is Effect.LISTEN and self.memory.regions:
             raise RequestRefused("POSTCOPY_LISTEN must come before the memory table")
-        self._half().listen()
+        # What it sent before it left may still be read; pages that are missed from now on nobody would bring.
+        if self._channel.lost.is_set():
+            raise RequestRefused("the front-end has left")
+        self._regions.listen()
 
     async def _postcopy_ack(self, request: Request) -> None:
-        # QEMU repeats the acknowledgement when a guest reboots; nothing is left to register then.
-        try:
-            self._half().register(self._unregistered)
-        except OSError as error:
-            raise RequestRefused(f"the kernel does not register guest memory: {error.strerror}") from None
-        self._unregistered = []
+        self._regions.acknowledged()
 
     async def _postcopy_end(self, request: Request) -> None:
-        # With the end of postcopy no page is missing, so rings stop at once, and start again without fault-ahead.
-        async with self._halted():
-            self._half().end(self.memory)
+        self._regions.end()
+        # No page is missing any more: rings go on without fault-ahead.
+        async with self._life.halted():
+            pass
 
     # ---- the back-end channel
 
     async def _set_backend_req_fd(self, request: Request) -> None:
         fd = _fds(request).take()
         try:
-            channel = BackendChannel(fd, self._session.channel())
+            channel = BackendChannel(fd, self._session.channel(), self.name)
         except OSError as error:
             os.close(fd)
-            raise RequestRefused(f"the descriptor is not a socket: {error.strerror}") from None
+            raise RequestRefused(f"the descriptor cannot be the back-end channel: {error.strerror}") from None
         if self._backend_channel is not None:
             self._backend_channel.close()
         self._backend_channel = channel
 
     def _announce(self) -> None:
-        """CONFIG_CHANGE; a suspended device must not send anything, so it then waits for the first ring."""
-        self._config_changed = not self._device_started
-        if self._device_started and self._backend_channel is not None:
-            self._backend_channel.send(BackendRequest.CONFIG_CHANGE_MSG)
+        self._config_changed = True
+        self._announce_if_due()
+
+    def _announce_if_due(self) -> None:
+        """CONFIG_CHANGE, once for all changes: a suspended device must not send anything."""
+        channel = self._backend_channel
+        if not self._config_changed or channel is None or self._session.suspended:
+            return
+        self._config_changed = False
+        if self._session.has(ProtocolFeature.CONFIG):
+            channel.send(BackendRequest.CONFIG_CHANGE_MSG)
 
     # ---- what others see
+
+    @property
+    def memory(self) -> GuestMemory:
+        """What is mapped now."""
+        return self._regions.memory
+
+    @property
+    def rings(self) -> list[Ring]:
+        """Every ring of the device."""
+        return self._life.rings
+
+    @property
+    def data(self) -> DataThread | None:
+        """The data thread, once the device has started."""
+        return self._life.data
 
     @property
     def postcopy(self) -> PostcopyState:
@@ -557,18 +421,21 @@ class Connection:
 
     def state(self) -> dict[str, object]:
         """For the state dump: JSON-able values."""
+        session = self._session
         return {
             "socket": self.name,
-            "features": self._session.features,
-            "protocol_features": self._session.protocol_features,
+            "features": feature_names(session.features),
+            "protocol_features": protocol_feature_names(session.protocol_features),
             "regions": [region.state() for region in self.memory.regions],
-            "rings": [ring.state() for ring in self.rings],
-            "postcopy": self._session.postcopy.name,
+            "memory_usable": self._regions.usable,
+            "dirty_log": self._life.dirty_log is not None,
+            "inflight": self._life.inflight is not None,
+            "rings": [
+                {**ring.state(), "started": agreed.started, "enabled": agreed.enabled}
+                for ring, agreed in zip(self.rings, session.rings, strict=True)
+            ],
+            "postcopy": session.postcopy.name,
         }
-
-
-def _surprise(error: Exception) -> Exception | None:
-    return None if isinstance(error, DeviceFailed) else error
 
 
 def _payload(request: Request, kind: type[P]) -> P:
@@ -579,6 +446,14 @@ def _payload(request: Request, kind: type[P]) -> P:
 def _fds(request: Request) -> Fds:
     assert isinstance(request.fds, Fds)
     return request.fds
+
+
+def _event(request: Request, name: str) -> int | None:
+    """The descriptor, now ours; None if the front-end said that there is none."""
+    if not _payload(request, VringFd).has_fd:
+        return None
+    usable_event(_fds(request)[0], name)
+    return _fds(request).take()
 
 
 def _offered(pagefault: bool, mem_slots: int) -> int:
@@ -593,6 +468,7 @@ def _offered(pagefault: bool, mem_slots: int) -> int:
 HANDLERS: dict[int, Callable[[Connection, Request], Awaitable[Reply | None]]] = {
     FrontendRequest.POSTCOPY_ACK: Connection._postcopy_ack,
     FrontendRequest.SET_FEATURES: Connection._set_features,
+    FrontendRequest.SET_PROTOCOL_FEATURES: Connection._set_protocol_features,
     FrontendRequest.SET_MEM_TABLE: Connection._set_mem_table,
     FrontendRequest.SET_LOG_BASE: Connection._set_log_base,
     FrontendRequest.SET_VRING_NUM: Connection._set_vring_num,
@@ -613,4 +489,4 @@ HANDLERS: dict[int, Callable[[Connection, Request], Awaitable[Reply | None]]] = 
     FrontendRequest.ADD_MEM_REG: Connection._add_mem_reg,
     FrontendRequest.REM_MEM_REG: Connection._rem_mem_reg,
 }
-"""What the runtime adds to what the session does by itself. A test compares both with the catalog."""
+"""What the runtime adds to what the session does by itself."""

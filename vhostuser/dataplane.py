@@ -30,8 +30,9 @@ log = logging.getLogger("vhostuser")
 T = TypeVar("T")
 
 _FATAL = {signal.SIGBUS, signal.SIGSEGV}
-# How often a ring without kicks (VHOST_USER_VRING_NOFD_MASK) is looked at, in seconds.
-_POLL = 0.0005
+# How often a ring without kicks (VHOST_USER_VRING_NOFD_MASK) is looked at, in seconds. uvloop's timers count whole
+# milliseconds, and less than one is none.
+_POLL = 0.001
 
 
 def spawn(body: Callable[[], None], name: str) -> threading.Thread:
@@ -59,10 +60,16 @@ class DataThread:
     """One thread with an event loop of its own, for the coroutines of one device."""
 
     def __init__(self, name: str) -> None:
+        """Raises OSError or RuntimeError when the system has no descriptor or thread left."""
         self.loop = new_event_loop()
         self._control = asyncio.get_running_loop()
         self._ended = asyncio.Event()
-        spawn(self._run, name)
+        self._running: set[asyncio.Future[Any]] = set()
+        try:
+            spawn(self._run, name)
+        except BaseException:
+            self.loop.close()
+            raise
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -76,10 +83,15 @@ class DataThread:
 
         Cancelling the wait does not cancel the coroutine: half of a stop would be worse than none.
         """
-        return await asyncio.shield(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop)))
+        running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return await asyncio.shield(running)
 
     async def close(self) -> None:
-        """Ends the thread; waits until it is back on its loop."""
+        """Ends the thread; waits until every coroutine is done and the thread is back on its loop."""
+        if self._running:
+            await asyncio.wait(self._running)
         self.loop.call_soon_threadsafe(self.loop.stop)
         await self._ended.wait()
 
@@ -87,8 +99,8 @@ class DataThread:
 class Runner(Protocol):
     """A ring that is being served. Made and used on the control thread."""
 
-    finished: asyncio.Future[None]
-    """Done when nobody serves the ring any more; its exception is QueueBroken if the ring broke."""
+    finished: asyncio.Future[QueueBroken | None]
+    """Done when nobody serves the ring any more; why, if that was not asked for."""
 
     def stop(self) -> None:
         """Asks for the end: what was popped is completed, then ``finished`` is done. Returns at once."""
@@ -98,28 +110,35 @@ class EngineRunner:
     """One native engine on one ring, on a thread of the ring's own."""
 
     def __init__(self, engine: Engine, queue: DeviceQueue, kick: int, name: str) -> None:
+        """Raises OSError or RuntimeError when the system has no descriptor or thread left."""
         self._loop = asyncio.get_running_loop()
-        self.finished = self._loop.create_future()
+        self.finished: asyncio.Future[QueueBroken | None] = self._loop.create_future()
+        self._asked = False
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        spawn(lambda: self._run(engine, queue, kick), name)
+        try:
+            spawn(lambda: self._run(engine, queue, kick), name)
+        except BaseException:
+            os.close(self._stop)
+            raise
 
     def _run(self, engine: Engine, queue: DeviceQueue, kick: int) -> None:
         error: Exception | None = None
         try:
             code = engine.run(queue, kick, self._stop)
             if code < 0:
-                raise queue.broken or QueueBroken(queue.index, -1, code, explain(code))
+                error = queue.broken or QueueBroken(queue.index, -1, code, explain(code))
         except Exception as caught:
             error = caught
         with contextlib.suppress(RuntimeError):  # the control loop is gone, and with it the process
-            self._loop.call_soon_threadsafe(self._end, error)
+            self._loop.call_soon_threadsafe(self._end, queue.index, error)
 
-    def _end(self, error: Exception | None) -> None:
+    def _end(self, index: int, error: Exception | None) -> None:
         os.close(self._stop)
         self._stop = -1
-        _resolve(self.finished, error)
+        _resolve(self.finished, index, error, asked=self._asked)
 
     def stop(self) -> None:
+        self._asked = True
         if self._stop >= 0:
             os.eventfd_write(self._stop, 1)
 
@@ -127,39 +146,61 @@ class EngineRunner:
 class LoopRunner:
     """One Python device on one ring, on the connection's data thread."""
 
-    def __init__(self, thread: DataThread, device: Device, queue: DeviceQueue, kick: int) -> None:
+    def __init__(self, thread: DataThread, device: Device, queue: DeviceQueue, kick: int, name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self._data_loop = thread.loop
-        self.finished = self._loop.create_future()
-        self._data_loop.call_soon_threadsafe(self._begin, device, queue, kick)
+        self.finished: asyncio.Future[QueueBroken | None] = self._loop.create_future()
+        self._asked = False
+        self._served: ServedQueue | None = None
+        self._data_loop.call_soon_threadsafe(self._begin, device, queue, kick, name)
 
-    def _begin(self, device: Device, queue: DeviceQueue, kick: int) -> None:
+    def _begin(self, device: Device, queue: DeviceQueue, kick: int, name: str) -> None:
         # Made here and not in the task, which has not begun yet when a stop comes right behind.
-        self._served = ServedQueue(queue, kick, device.requests_at_once)
-        self._task = asyncio.ensure_future(self._run(device))
+        try:
+            self._served = ServedQueue(queue, kick, device.requests_at_once, name)
+        except Exception as error:
+            self._end(queue.index, error)
+        else:
+            self._task = asyncio.ensure_future(self._run(device, self._served))
 
-    async def _run(self, device: Device) -> None:
+    async def _run(self, device: Device, served: ServedQueue) -> None:
         error: Exception | None = None
         try:
-            await self._served.run(asyncio.ensure_future(device.serve(self._served)))
+            await served.run(asyncio.ensure_future(device.serve(served)))
         except Exception as caught:
             error = caught
         finally:
-            self._served.close()
+            served.close()
+        self._end(served.index, error)
+
+    def _end(self, index: int, error: Exception | None) -> None:
+        def resolve() -> None:
+            _resolve(self.finished, index, error, asked=self._asked)
+
         with contextlib.suppress(RuntimeError):  # the control loop is gone, and with it the process
-            self._loop.call_soon_threadsafe(_resolve, self.finished, error)
+            self._loop.call_soon_threadsafe(resolve)
 
     def stop(self) -> None:
-        self._data_loop.call_soon_threadsafe(lambda: self._served.stop())
+        self._asked = True
+        self._data_loop.call_soon_threadsafe(self._pass_on_the_stop)
+
+    def _pass_on_the_stop(self) -> None:
+        if self._served is not None:
+            self._served.stop()
 
 
-def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
-    if future.done():
+def _resolve(
+    finished: asyncio.Future[QueueBroken | None], index: int, error: Exception | None, *, asked: bool
+) -> None:
+    """Whoever stops serving without having been asked has broken the ring: nobody looks at it any more."""
+    if finished.done():
         return
-    if error is None:
-        future.set_result(None)
+    if error is None and not asked:
+        finished.set_result(QueueBroken(index, -1, 0, "the device has stopped serving it"))
+    elif error is None or isinstance(error, QueueBroken):
+        finished.set_result(error)
     else:
-        future.set_exception(error)
+        finished.set_result(QueueBroken(index, -1, 0, f"{type(error).__name__}: {error}"))
 
 
 class ServedQueue:
@@ -169,8 +210,9 @@ class ServedQueue:
     the loop.
     """
 
-    def __init__(self, queue: DeviceQueue, kick: int, limit: int) -> None:
+    def __init__(self, queue: DeviceQueue, kick: int, limit: int, name: str) -> None:
         self._queue = queue
+        self._name = name
         self._kick = kick
         self._limit = limit
         self._loop = asyncio.get_running_loop()
@@ -222,8 +264,16 @@ class ServedQueue:
         await self._wake.wait()
 
     def _kicked(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._kick, 8)
+        try:
+            gone = not os.read(self._kick, 8)
+        except BlockingIOError:
+            gone = False
+        except OSError:
+            gone = True
+        if gone:
+            # A pipe whose other end is closed is readable for ever: look at the ring from time to time instead.
+            self._loop.remove_reader(self._kick)
+            self._kick = -1
         self._wake.set()
 
     def _flush_soon(self) -> None:
@@ -302,7 +352,7 @@ class ServedQueue:
                     try:
                         await handle(request)
                     except Exception as error:
-                        _fail(request, failed, error)
+                        self._fail(request, failed, error)
                     if not request.completed:
                         request.complete()
                 future: asyncio.Future[None] = self._loop.create_future()
@@ -313,14 +363,14 @@ class ServedQueue:
             ready.extend(await self.requests())
             rouse()
 
-
-def _fail(request: Request, failed: Callable[[Request, Exception], None], error: Exception) -> None:
-    log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
-    try:
-        if not request.completed:
-            failed(request, error)
-    except Exception as again:
-        log.error("the device could not report that: %s: %s", type(again).__name__, again)
+    def _fail(self, request: Request, failed: Callable[[Request, Exception], None], error: Exception) -> None:
+        where, kind = f"{self._name}: ring {self.index}", type(error).__name__
+        log.error("%s: a request failed: %s: %s", where, kind, error, exc_info=log.isEnabledFor(logging.DEBUG))
+        try:
+            if not request.completed:
+                failed(request, error)
+        except Exception as again:
+            log.error("%s: the device could not report that: %s: %s", where, type(again).__name__, again)
 
 
 def _first(group: BaseExceptionGroup[QueueBroken]) -> BaseException:

@@ -12,6 +12,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from vhostuser.dataplane import DataThread, EngineRunner, LoopRunner, Runner
 from vhostuser.device import Device, Engine
@@ -20,6 +21,8 @@ from vhostuser.protocol import VHOST_VRING_F_LOG, QueueBroken, RequestRefused, V
 from vhostuser.uffd import TouchPool
 from vhostuser.virtqueue import DeviceQueue, InflightRegion, RingSetup
 
+_EVENTFD = Path("anon_inode:[eventfd]")
+
 POLLED = -1
 """The kick of a ring whose front-end gave none: the ring is polled."""
 
@@ -27,12 +30,17 @@ POLLED = -1
 def usable_event(fd: int, name: str) -> int:
     """Makes an eventfd (or pipe) that came from the front-end safe to wait on and to signal.
 
-    A peer may pass anything: a blocking descriptor would stop the thread that signals it, and a plain file cannot be
-    waited for. Raises RequestRefused for those that cannot be used; the caller still owns ``fd`` then.
+    A peer may pass anything: a blocking descriptor would stop the thread that signals it, a plain file cannot be waited
+    for, and whoever waits for a pidfd or an O_PATH would spin. Raises RequestRefused for those that cannot be used; the
+    caller still owns ``fd`` then.
     """
-    if not (stat.S_ISFIFO(mode := os.fstat(fd).st_mode) or stat.S_IFMT(mode) == 0):
+    try:
+        usable = stat.S_ISFIFO(os.fstat(fd).st_mode) or Path(f"/proc/self/fd/{fd}").readlink() == _EVENTFD
+        os.set_blocking(fd, False)
+    except OSError:
+        usable = False
+    if not usable:
         raise RequestRefused(f"the {name} descriptor is neither an eventfd nor a pipe")
-    os.set_blocking(fd, False)
     return fd
 
 
@@ -118,7 +126,9 @@ class Ring:
     def signal_err(self) -> None:
         """Tells the front-end that the ring is broken."""
         if self._err >= 0:
+            # Again, for the front-end shares the flag, and this is the control thread.
             with contextlib.suppress(OSError):
+                os.set_blocking(self._err, False)
                 os.write(self._err, (1).to_bytes(8, sys.byteorder))
 
     # ---- start and stop
@@ -160,7 +170,7 @@ class Ring:
         self._unwatch()
         self._queue = queue
         if engine is None:
-            self._runner = LoopRunner(data, device, queue, self.kick)
+            self._runner = LoopRunner(data, device, queue, self.kick, name)
         else:
             self._runner = EngineRunner(engine, queue, self.kick, f"{name} ring {self.index}")
         return self._runner
@@ -175,10 +185,7 @@ class Ring:
         if runner is None:
             return
         runner.stop()
-        try:
-            await asyncio.shield(runner.finished)
-        except QueueBroken as error:
-            self.broken = error
+        self.broken = await asyncio.shield(runner.finished) or self.broken
         if self._runner is runner:
             self._runner = None
             self._close_queue()
@@ -214,6 +221,8 @@ def _replace(number: int, fd: int) -> int:
     """Puts ``fd`` behind ``number`` and closes ``fd``, or keeps it when there is no number yet."""
     if number < 0:
         return fd
-    os.dup2(fd, number, inheritable=False)
-    os.close(fd)
+    try:
+        os.dup2(fd, number, inheritable=False)
+    finally:
+        os.close(fd)
     return number

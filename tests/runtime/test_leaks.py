@@ -4,7 +4,7 @@ import asyncio
 import os
 from pathlib import Path
 
-from tests.conftest import connect, open_fds
+from tests.conftest import connect, open_fds, threads
 from tests.runtime.test_lifecycle import Echo, answer, ask
 from vhostuser.dataplane import new_event_loop
 from vhostuser.device import Device
@@ -17,10 +17,6 @@ ROUNDS = 500  # on each of the two event loops
 def guest_mappings() -> int:
     """Mappings of memfds in this process."""
     return Path("/proc/self/maps").read_text().count("/memfd:")
-
-
-def threads() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
 
 
 async def one_round(device: Device) -> None:

@@ -1,0 +1,432 @@
+"""Peers that flood, fall silent, leave half-way, or have taken all descriptors: nobody else notices."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Pair, connect
+from tests.runtime.test_lifecycle import Echo, answer, ask, quiet
+from vhostuser.backend import Backend
+from vhostuser.frontend import Frontend
+from vhostuser.protocol import Config, FrontendRequest, Inflight, ProtocolFeature, RequestRefused, VringFd, VringState
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+F = FrontendRequest
+GET_FEATURES = bytes.fromhex("01000000 01000000 00000000")
+
+
+@pytest.fixture
+async def listening(tmp_path: Path) -> AsyncIterator[Callable[..., tuple[Backend, str]]]:
+    """Starts back-ends on socket files."""
+    tasks: list[asyncio.Task[None]] = []
+    listeners: list[socket.socket] = []
+
+    def listen(device: object, **options: object) -> tuple[Backend, str]:
+        path = str(tmp_path / f"sock{len(tasks)}")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen(8)
+        backend = Backend(device, **options)  # type: ignore[arg-type]
+        listeners.append(listener)
+        tasks.append(asyncio.ensure_future(backend.listen(listener)))
+        return backend, path
+
+    yield listen
+    for task in tasks:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    for listener in listeners:
+        listener.close()
+
+
+def dialled(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    return sock
+
+
+async def test_a_flood_does_not_starve_other_connections(listening: Callable[..., tuple[Backend, str]]) -> None:
+    _, path = listening(Echo, connections=2)
+    flood = dialled(path)
+    end = threading.Event()
+
+    def pour() -> None:
+        with contextlib.suppress(OSError):
+            while not end.is_set():
+                flood.sendall(GET_FEATURES * 50)
+                flood.recv(1 << 20, socket.MSG_DONTWAIT)
+
+    pouring = threading.Thread(target=pour)
+    pouring.start()
+    try:
+        async with asyncio.timeout(5), await Frontend.connect(path) as other:
+            for _ in range(20):
+                await other.get(F.GET_FEATURES)
+    finally:
+        end.set()
+        flood.shutdown(socket.SHUT_RDWR)
+        pouring.join()
+        flood.close()
+
+
+async def test_a_conversation_gives_way_after_every_request() -> None:
+    """However fast requests come: signals and other connections have their turn between two of them."""
+    pair = connect(Echo())
+    turns = 0
+
+    def count() -> None:
+        nonlocal turns
+        turns += 1
+        asyncio.get_running_loop().call_soon(count)
+
+    await pair.frontend.send_raw(GET_FEATURES * 50)
+    count()
+    left = 50 * 20
+    while left:
+        data, _ = await pair.frontend.receive_raw(left)
+        left -= len(data)
+    assert turns >= 45
+    await pair.close()
+
+
+async def test_a_peer_that_never_reads_holds_up_nobody(listening: Callable[..., tuple[Backend, str]]) -> None:
+    backend, path = listening(Echo, connections=2)
+    deaf = dialled(path)
+    deaf.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            deaf.send(GET_FEATURES * 100)
+            await asyncio.sleep(0.001)
+    async with asyncio.timeout(5), await Frontend.connect(path) as other:
+        await other.get(F.GET_FEATURES)
+    deaf.close()
+    await until(lambda: not backend.connections)
+
+
+async def test_a_violation_by_a_peer_that_never_reads_still_closes(pairs: Callable[..., Pair]) -> None:
+    """The nack is sent if there is room, and never waited for."""
+    pair = pairs(Echo())
+    await pair.frontend.negotiate()
+    raw = pair.frontend._channel._sock
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    theirs = pair.backend.connections[0]._channel._sock
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            theirs.send(b"x" * 64)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            theirs.send(b"x")
+    await pair.frontend.send_raw(bytes.fromhex("e7030000 09000000 00000000"))
+    await asyncio.wait_for(asyncio.shield(pair.serving), 5)
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110 - what is waited for is inside the back-end
+            await asyncio.sleep(0.005)
+
+
+async def test_a_half_closed_peer_is_answered_and_then_closed(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(Echo())
+    await pair.frontend.send_raw(GET_FEATURES * 3)
+    pair.frontend._channel._sock.shutdown(socket.SHUT_WR)
+    await asyncio.wait_for(asyncio.shield(pair.serving), 5)
+    data, _ = await pair.frontend.receive_raw(1000)
+    assert len(data) == 60
+
+
+# ---- errors that are nobody's refusal
+
+
+class Failing(Echo):
+    def config(self) -> bytes:
+        raise RuntimeError("no configuration today")
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes one function fail as with a full table of descriptors."""
+
+    def fail(name: str) -> None:
+        def raise_(*_: object, **__: object) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(name, raise_)
+
+    return fail
+
+
+async def closes(pair: Pair, caplog: pytest.LogCaptureFixture, words: str) -> None:
+    """The connection ends by itself, without an exception and without a traceback."""
+    await asyncio.wait_for(asyncio.shield(pair.serving), 5)
+    assert words in caplog.text
+    assert pair.serving.exception() is None
+
+
+async def test_a_device_that_raises_in_config_ends_its_connection(
+    pairs: Callable[..., Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = pairs(Failing())
+    await pair.frontend.negotiate()
+    with pytest.raises(Exception, match="closed"):
+        await pair.frontend.request(F.GET_CONFIG, Config(0, 4, 0, bytes(4)))
+    await closes(pair, caplog, "test: GET_CONFIG failed, the connection is closed: no configuration today")
+
+
+async def test_a_full_table_of_descriptors_ends_the_connection_with_one_line(
+    pairs: Callable[..., Pair], caplog: pytest.LogCaptureFixture, full: Callable[[str], None]
+) -> None:
+    pair = pairs(Echo())
+    await pair.frontend.negotiate()
+    full("os.memfd_create")
+    with pytest.raises(Exception, match="closed"):
+        await pair.frontend.request(F.GET_INFLIGHT_FD, Inflight(0, 0, 1, 64))
+    await closes(pair, caplog, "test: GET_INFLIGHT_FD failed, the connection is closed: [Errno 24] Too many open files")
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["select.epoll", "vhostuser.dataplane.new_event_loop"])
+async def test_a_process_without_descriptors_refuses_front_ends_and_lives(
+    listening: Callable[..., tuple[Backend, str]],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    backend, path = listening(Echo())
+
+    def raise_(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        sock = dialled(path)
+        patched.setattr(name, raise_)
+        pair = None
+        if name == "select.epoll":
+            await until(lambda: "Too many open files" in caplog.text)
+            assert sock.recv(1) == b""
+        else:
+            patched.undo()
+            sock.setblocking(False)
+            pair = Pair(backend, Frontend(sock), asyncio.ensure_future(asyncio.sleep(0)))
+            await pair.set_up()
+            patched.setattr(name, raise_)
+            await ask(pair, b"x")
+            await until(lambda: "Too many open files" in caplog.text)
+            await pair.close()
+    sock.close()
+    async with asyncio.timeout(5), await Frontend.connect(path) as other:
+        await other.get(F.GET_FEATURES)
+
+
+async def test_a_thread_that_cannot_be_made_ends_the_connection(
+    pairs: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_left(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pair = pairs(Echo())
+    await pair.set_up()
+    monkeypatch.setattr("threading.Thread.start", none_left)
+    await ask(pair, b"x")
+    await closes(pair, caplog, "can't start new thread")
+
+
+async def test_a_path_descriptor_as_kick_is_refused(pairs: Callable[..., Pair], tmp_path: Path) -> None:
+    """O_PATH to a FIFO has a FIFO's mode, and no other use."""
+    pair = pairs(Echo())
+    await pair.set_up()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    fd = os.open(fifo, os.O_PATH)
+    with pytest.raises(RequestRefused):
+        await pair.frontend.request(F.SET_VRING_KICK, VringFd(0), (fd,))
+    os.close(fd)
+
+
+async def test_other_anonymous_files_are_no_kicks(pairs: Callable[..., Pair]) -> None:
+    """A pidfd or an epoll is readable for ever and cannot be read: whoever waits for it would spin."""
+    pair = pairs(Echo())
+    await pair.set_up()
+    fd = os.pidfd_open(os.getpid())
+    with pytest.raises(RequestRefused):
+        await pair.frontend.request(F.SET_VRING_KICK, VringFd(0), (fd,))
+    os.close(fd)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    yield ends
+    for fd in ends:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+async def test_a_kick_whose_other_end_is_gone_does_not_spin(pairs: Callable[..., Pair], pipe: tuple[int, int]) -> None:
+    pair = pairs(Echo())
+    await pair.set_up()
+    await pair.frontend.request(F.SET_VRING_KICK, VringFd(0), (pipe[0],))
+    await ask(pair, b"x", kick=False)
+    os.write(pipe[1], bytes(8))
+    assert await answer(pair) == b"X"
+    os.close(pipe[1])
+    await quiet(pair)
+    before = time.process_time()
+    await asyncio.sleep(0.2)
+    assert time.process_time() - before < 0.1
+
+
+# ---- the back-end channel
+
+
+async def channel(pair: Pair) -> socket.socket:
+    """Gives the back-end its channel; our end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    await pair.frontend.request(F.SET_BACKEND_REQ_FD, fds=(theirs.fileno(),))
+    theirs.close()
+    ours.setblocking(False)
+    return ours
+
+
+def arrived(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(1 << 20)
+    except BlockingIOError:
+        return b"nothing"
+
+
+CONFIG_CHANGE = bytes.fromhex("02000000 01000000 00000000")
+
+
+async def test_a_suspended_device_says_nothing_until_its_first_ring_starts(pairs: Callable[..., Pair]) -> None:
+    """Section "Suspended device state"; and several changes are one by then."""
+    device = Echo()
+    pair = pairs(device)
+    await pair.set_up()
+    ours = await channel(pair)
+    for _ in range(3):
+        device.config_changed()
+    await quiet(pair)
+    assert arrived(ours) == b"nothing"
+    await ask(pair, b"x")
+    assert await answer(pair) == b"X"
+    assert arrived(ours) == CONFIG_CHANGE
+    device.config_changed()
+    await quiet(pair)
+    assert arrived(ours) == CONFIG_CHANGE
+    ours.close()
+
+
+async def test_a_change_waits_for_the_channel(pairs: Callable[..., Pair]) -> None:
+    device = Echo()
+    pair = pairs(device)
+    await pair.set_up()
+    await ask(pair, b"x")
+    assert await answer(pair) == b"X"
+    device.config_changed()
+    ours = await channel(pair)
+    await quiet(pair)
+    assert arrived(ours) == CONFIG_CHANGE
+    ours.close()
+
+
+async def test_without_config_nothing_is_announced_and_the_channel_stays(
+    pairs: Callable[..., Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    device = Echo()
+    pair = pairs(device)
+    await pair.frontend.negotiate(protocol_features=~ProtocolFeature.CONFIG.mask)
+    ours = await channel(pair)
+    await pair.frontend.request(F.SET_VRING_KICK, VringFd(0, has_fd=False))
+    device.config_changed()
+    await quiet(pair)
+    assert arrived(ours) == b"nothing"
+    assert "closed" not in caplog.text
+    ours.close()
+
+
+async def test_a_channel_whose_reader_sleeps_holds_up_nothing_and_does_not_grow(pairs: Callable[..., Pair]) -> None:
+    device = Echo()
+    pair = pairs(device)
+    await pair.set_up()
+    ours = await channel(pair)
+    await ask(pair, b"x")
+    assert await answer(pair) == b"X"
+    for _ in range(2000):
+        device.config_changed()
+        await asyncio.sleep(0)
+    await quiet(pair)
+    sending = pair.backend.connections[0]._backend_channel
+    assert sending is not None
+    assert sending.waiting <= 1
+    assert await pair.frontend.stop_ring(pair.rings[0]) == 1
+    ours.close()
+
+
+async def test_channels_that_follow_each_other_at_once_are_all_closed() -> None:
+    """A task that is cancelled before its first step runs no finally."""
+    pair = connect(Echo())
+    await pair.frontend.negotiate(protocol_features=~ProtocolFeature.REPLY_ACK.mask)
+    pairs_of_sockets = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(5)]
+    for _, theirs in pairs_of_sockets:
+        await pair.frontend.send_raw(bytes.fromhex("15000000 01000000 00000000"), (theirs.fileno(),))
+    await pair.close()
+    for ours, theirs in pairs_of_sockets:
+        ours.close()
+        theirs.close()
+
+
+async def test_a_channel_that_cannot_be_watched_is_not_closed_twice(
+    pairs: Callable[..., Pair], full: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = pairs(Echo())
+    await pair.frontend.negotiate()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    full("select.epoll")
+    with pytest.raises(RequestRefused):
+        await pair.frontend.request(F.SET_BACKEND_REQ_FD, fds=(theirs.fileno(),))
+    assert "Too many open files" in caplog.text
+    ours.close()
+    theirs.close()
+
+
+async def test_what_the_front_end_says_on_the_channel_ends_it_with_its_descriptors(pairs: Callable[..., Pair]) -> None:
+    pair = pairs(Echo())
+    await pair.frontend.negotiate()
+    ours = await channel(pair)
+    socket.send_fds(ours, [b"x" * 12], [ours.fileno()] * 5)
+    await until(lambda: arrived(ours) == b"")
+    ours.close()
+    assert await pair.frontend.get(F.GET_QUEUE_NUM) == 2
+
+
+async def test_the_state_can_be_read(pairs: Callable[..., Pair]) -> None:
+    import json
+
+    pair = pairs(Echo())
+    await pair.set_up()
+    for word in (b"a", b"b"):
+        await ask(pair, word)
+        assert await answer(pair) == word.upper()
+    await pair.frontend.request(F.SET_VRING_ENABLE, VringState(1, 1))
+    state = json.loads(json.dumps(pair.backend.state()))
+    (connection,) = state["connections"]
+    assert connection["socket"] == "test"
+    assert "VERSION_1" in connection["features"].split()
+    assert "REPLY_ACK" in connection["protocol_features"].split()
+    first, second = connection["rings"]
+    assert (first["started"], first["enabled"], first["running"], first["base"]) == (True, True, True, 2)
+    assert (second["started"], second["enabled"], second["running"]) == (False, True, False)
+    assert connection["postcopy"] == "IDLE"

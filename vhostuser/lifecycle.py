@@ -1,0 +1,209 @@
+"""Which rings of a connection run, and the device's start before the first and stop after the last.
+
+What belongs here: the one place that starts and stops rings and the device. Requests change what is wanted
+(``protocol.session``, ``connection``); settling makes it so. What does not: what one ring needs for that (``ring``),
+the threads (``dataplane``).
+
+Control thread only. A start and a stop may take long; they run on the data thread, and a request waits for them only if
+its answer promises something about them. GET_FEATURES never does, nor does a change to a ring that does not run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from vhostuser.dataplane import DataThread
+from vhostuser.device import Device, DeviceFailed
+from vhostuser.memory import DirtyLog
+from vhostuser.protocol import BackendSession, Postcopy, QueueBroken, VirtioFeature
+from vhostuser.regions import Regions
+from vhostuser.ring import Ring
+from vhostuser.virtqueue import InflightRegion
+
+log = logging.getLogger("vhostuser")
+
+
+class Lifecycle:
+    """Owns the rings and the data thread, which is made when the device first starts.
+
+    ``failed`` is called when the device cannot go on: its front-end must not wait for ever.
+    """
+
+    def __init__(self, name: str, device: Device, session: BackendSession, failed: Callable[[], None]) -> None:
+        self._name = name
+        self._device = device
+        self._session = session
+        self._failed = failed
+        self.rings = [Ring(index) for index in range(device.queues)]
+        self.dirty_log: DirtyLog | None = None
+        self.inflight: InflightRegion | None = None
+        self.data: DataThread | None = None
+        self._device_active = False
+        """From before the device's start until after its stop."""
+        self._ending = False
+        self._changed = asyncio.Event()
+        # Held while rings or the device are on their way between two states.
+        self._lock = asyncio.Lock()
+        self._settling: asyncio.Task[None] | None = None
+
+    def begin(self, regions: Regions) -> None:
+        """Starts settling; ``regions`` is the memory that rings are opened on."""
+        self._settling = asyncio.ensure_future(self._settle_when_changed(regions))
+
+    def changed(self) -> None:
+        """Something changed: rings that may run by now are started soon."""
+        self._changed.set()
+
+    def kicked(self, ring: Ring) -> None:
+        """The ring's first kick was seen."""
+        self._session.kicked(ring.index)
+        self._changed.set()
+
+    # ---- what requests wait for
+
+    @contextlib.asynccontextmanager
+    async def halted(self, *rings: Ring) -> AsyncIterator[None]:
+        """The rings (default: all) do not run inside; those that may are started again afterwards.
+
+        What is done inside must not wait. Rings that do not run are not waited for either, even while others are
+        being started: those are opened after the wait, as they are described then.
+        """
+        if any(ring.running for ring in rings or self.rings):
+            async with self._lock:
+                for ring in rings or self.rings:
+                    await ring.halt()
+                yield
+        else:
+            yield
+        self._changed.set()
+
+    async def stop_unwanted(self) -> None:
+        """Returns when nothing runs that may not, nor a device without rings. At once if that is so already."""
+        if (self._device_active and not self._any_wanted()) or any(map(self._runs_unwanted, self.rings)):
+            async with self._lock:
+                await self._stop_unwanted()
+
+    async def restart_device(self) -> None:
+        """Stops everything, so that the device starts again with what has changed."""
+        async with self._lock:
+            for ring in self.rings:
+                await ring.halt()
+            await self._stop_device()
+        self._changed.set()
+
+    async def close(self) -> None:
+        """Stops and closes everything, a start under way included: it is followed by its stop. Never raises."""
+        self._ending = True
+        self._changed.set()
+        if self._settling is not None:
+            await self._settling
+        async with self._lock:
+            await self._stop_unwanted()
+        for ring in self.rings:
+            ring.close()
+        self.dirty_log = self.inflight = None
+        if self.data is not None:
+            await self.data.close()
+
+    # ---- what is wanted
+
+    def _wanted(self, ring: Ring) -> bool:
+        return not self._ending and self._session.rings[ring.index].runs and ring.configured
+
+    def _any_wanted(self) -> bool:
+        return any(self._wanted(ring) for ring in self.rings)
+
+    def _runs_unwanted(self, ring: Ring) -> bool:
+        return ring.running and not self._wanted(ring)
+
+    def _may_run(self, ring: Ring, regions: Regions) -> bool:
+        """Wanted, and its memory may be touched: not before the front-end knows where it is."""
+        return self._wanted(ring) and regions.usable and self._session.postcopy is not Postcopy.AWAITING_ACK
+
+    # ---- making it so
+
+    async def _settle_when_changed(self, regions: Regions) -> None:
+        while not self._ending:
+            await self._changed.wait()
+            self._changed.clear()
+            try:
+                async with self._lock:
+                    await self._settle(regions)
+            except Exception as error:
+                self._give_up("start", error)
+
+    async def _settle(self, regions: Regions) -> None:
+        """Makes what runs equal to what may run. Call with the lock held."""
+        await self._stop_unwanted()
+        waiting = [ring for ring in self.rings if self._may_run(ring, regions) and not ring.running]
+        if waiting and not self._device_active:
+            await self._start_device()
+        for ring in waiting:
+            # Again, for the start may have taken long.
+            if self._may_run(ring, regions):
+                self._start(ring, regions)
+
+    async def _start_device(self) -> None:
+        if self.data is None:
+            self.data = DataThread(f"{self._name} data")
+        self._device_active = True
+        try:
+            await self.data.run(self._device.start(self._session.features))
+        except BaseException:
+            self._device_active = False
+            raise
+
+    async def _stop_unwanted(self) -> None:
+        """Call with the lock held."""
+        for ring in self.rings:
+            if self._runs_unwanted(ring):
+                await ring.halt()
+        if not self._any_wanted():
+            await self._stop_device()
+
+    async def _stop_device(self) -> None:
+        """Call with the lock held, when no ring runs."""
+        if not self._device_active or self.data is None:
+            return
+        try:
+            await self.data.run(self._device.stop())
+        except Exception as error:
+            self._give_up("stop", error)
+        finally:
+            self._device_active = False
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        # What a device does not foresee is shown in full.
+        surprise = None if isinstance(error, DeviceFailed | OSError) else error
+        log.error("%s: the device does not %s: %s", self._name, what, error, exc_info=surprise)
+        self._ending = True
+        self._failed()
+
+    # ---- one ring
+
+    def _start(self, ring: Ring, regions: Regions) -> None:
+        features = self._session.features
+        logged = self.dirty_log if features & VirtioFeature.LOG_ALL.mask else None
+        try:
+            queue = ring.open(regions.memory, features, logged, self.inflight, regions.touch)
+        except QueueBroken as error:
+            if ring.obstacle != str(error):
+                log.error("%s: ring %d cannot start: %s", self._name, ring.index, error)
+                ring.signal_err()
+            ring.obstacle = str(error)
+            return
+        ring.obstacle = ""
+        assert self.data is not None
+        runner = ring.run(queue, self._device, self._device.engine(), self.data, self._name)
+        runner.finished.add_done_callback(lambda finished: self._ring_ended(ring, finished.result()))
+
+    def _ring_ended(self, ring: Ring, broken: QueueBroken | None) -> None:
+        if broken is None:
+            return
+        log.error("%s: ring %d stopped: %s", self._name, ring.index, broken)
+        ring.broken = broken
+        ring.signal_err()
+        self._changed.set()
