@@ -171,6 +171,20 @@ def test_no_views_of_memory_that_can_be_truncated(guest: Guest) -> None:
         request.views()
 
 
+def test_nothing_is_copied_for_a_request_that_went_back(guest: Guest) -> None:
+    """Its segments, when there were many, are gone."""
+    ring = Ring(guest, 128)
+    for index in range(128):
+        ring.describe(index, 0x8000 + index, 1, NEXT * (index < 127) | WRITE * (index > 99), index + 1)
+    ring.offer(0, [0])
+    queue = ring.open()
+    (request,) = queue.pop()
+    request.complete()
+    queue.flush()
+    assert request.read_into(bytearray(100)) == 0
+    assert request.write(b"late") == 0
+
+
 # ---- notifications
 
 

@@ -190,6 +190,9 @@ static void release(vu_queue *queue, vu_chain *chain)
     if (!slot->out)
         return;
     slot->out = false;
+    /* Whoever still holds the chain finds nothing to copy in it: its segments may be gone. */
+    chain->readable_count = chain->writable_count = 0;
+    chain->readable = chain->writable = 0;
     if (slot->capacity > KEPT_CAPACITY) {
         free(chain->segments);
         queue->large -= slot->capacity;
