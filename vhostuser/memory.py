@@ -169,8 +169,8 @@ class GuestMemory:
 
     @property
     def sealed(self) -> bool:
-        """Whether no file of it can be truncated."""
-        return all(region.sealed for region in self.regions)
+        """Whether none of it can be lost: no file can be truncated, nor lacks a huge page when one is first touched."""
+        return all(region.sealed and not region.hugetlb for region in self.regions)
 
     # ---- other sets
 

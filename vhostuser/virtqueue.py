@@ -128,7 +128,8 @@ class Request:
 
         They keep the memory mapped, but must not be used after the request is completed. What is written through them
         is not counted: ``complete`` must be told. Raises RequestRefused in postcopy, where a missing page would stop
-        the whole process, and if a file is not sealed against shrinking, where a lost page would kill it.
+        the whole process, and if a file is not sealed against shrinking, or of huge pages, which may run out: there a
+        lost page would kill it.
         """
         return self._queue.views(self._chain)
 
@@ -340,7 +341,7 @@ class DeviceQueue:
         """For ``Request.views``."""
         if self._native is None or self._touch is not None or not self.memory.sealed:
             raise RequestRefused(
-                "views need an open queue, no postcopy, and memory sealed against shrinking (F_SEAL_SHRINK): "
+                "views need an open queue, no postcopy, no huge pages, and memory sealed against shrinking (F_SEAL_SHRINK): "
                 "use read and write"
             )
         count = chain.readable_count

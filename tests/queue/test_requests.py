@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 from itertools import pairwise
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from tests.queue.guest import NEXT, WRITE, Guest, Ring
 from vhostuser._native import lib
-from vhostuser.protocol import RequestRefused
+from vhostuser.memory import GuestMemory, Region
+from vhostuser.protocol import MemoryRegion, RequestRefused
 from vhostuser.virtqueue import BATCH, DeviceQueue, Request
 
 BORDER = 1 << 20
@@ -169,6 +171,18 @@ def test_no_views_of_memory_that_can_be_truncated(guest: Guest) -> None:
     _, request = one(guest, [(0x8000, 7)], [])
     with pytest.raises(RequestRefused, match="F_SEAL_SHRINK"):
         request.views()
+
+
+def test_no_views_of_memory_whose_pages_can_run_out() -> None:
+    """Nothing is reserved for a file of huge pages: where there are none left, the first touch is lost as well."""
+    try:
+        fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        pytest.skip(f"no huge pages: {error}")
+    os.truncate(fd, 2 << 20)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    assert not GuestMemory([Region.map(fd, MemoryRegion(0, 2 << 20, 0, 0))]).sealed
+    os.close(fd)
 
 
 def test_nothing_is_copied_for_a_request_that_went_back(guest: Guest) -> None:
