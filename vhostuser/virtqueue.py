@@ -341,8 +341,8 @@ class DeviceQueue:
         """For ``Request.views``."""
         if self._native is None or self._touch is not None or not self.memory.sealed:
             raise RequestRefused(
-                "views need an open queue, no postcopy, no huge pages, and memory sealed against shrinking (F_SEAL_SHRINK): "
-                "use read and write"
+                "views need an open queue, no postcopy, no huge pages, and memory sealed against shrinking "
+                "(F_SEAL_SHRINK): use read and write"
             )
         count = chain.readable_count
         segments = [self._view(segment) for segment in chain.segments[0 : count + chain.writable_count]]
