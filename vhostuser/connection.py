@@ -113,7 +113,7 @@ class Connection:
         )
         self._mem_slots = mem_slots
         self._life = Lifecycle(name, device, self._session, self._channel.end)
-        self._regions = Regions(name, postcopy, record, self._life.changed)
+        self._regions = Regions(name, postcopy, record, self._life.memory_whole)
         self._backend_channel: BackendChannel | None = None
         self._config_changed = False
         device.announce += (self._announce,)

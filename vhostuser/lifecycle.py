@@ -25,6 +25,9 @@ from vhostuser.virtqueue import InflightRegion
 
 log = logging.getLogger("vhostuser")
 
+# Seconds after the last hole was filled at which rings are nudged, see Lifecycle.memory_whole.
+_NUDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
 
 class Lifecycle:
     """Owns the rings and the data thread, which is made when the device first starts.
@@ -48,6 +51,7 @@ class Lifecycle:
         # Held while rings or the device are on their way between two states.
         self._lock = asyncio.Lock()
         self._settling: asyncio.Task[None] | None = None
+        self._nudges: list[asyncio.TimerHandle] = []
 
     def begin(self, regions: Regions) -> None:
         """Starts settling; ``regions`` is the memory that rings are opened on."""
@@ -56,6 +60,22 @@ class Lifecycle:
     def changed(self) -> None:
         """Something changed: rings that may run by now are started soon."""
         self._changed.set()
+
+    def memory_whole(self) -> None:
+        """The last hole that a lost front-end or back-end left in memory was filled: rings may start.
+
+        Nudges them for a while. Until its migration is over, QEMU's fault thread polls the number of the dead back-end's
+        userfaultfd, and eats what is signalled on the eventfd that has the number since ("Read 8 bytes from userfaultfd
+        expected 32", seen on 7.2: the guest waited for its disk for ever).
+        """
+        self._changed.set()
+        loop = asyncio.get_running_loop()
+        self._nudges = [loop.call_later(delay, self._nudge) for delay in _NUDGES]
+
+    def _nudge(self) -> None:
+        for ring in self.rings:
+            if ring.running:
+                ring.nudge()
 
     def kicked(self, ring: Ring) -> None:
         """The ring's first kick was seen."""
@@ -98,6 +118,8 @@ class Lifecycle:
         """Stops and closes everything, a start under way included: it is followed by its stop. Never raises."""
         self._ending = True
         self._changed.set()
+        for nudge in self._nudges:
+            nudge.cancel()
         if self._settling is not None:
             await self._settling
         async with self._lock:

@@ -114,6 +114,18 @@ class Ring:
             self._call = _replace(self._call, fd)
         if self._queue is not None:
             self._queue.set_call(self._call if self._calls else -1)
+            self.call()
+
+    def call(self) -> None:
+        """Calls the driver, whatever it asked for; a call without a reason does no harm."""
+        if self._calls:
+            _signal(self._call)
+
+    def nudge(self) -> None:
+        """Kicks the ring and calls the driver, for what somebody else may have taken from the eventfds."""
+        if self.kick is not None and self.kick != POLLED:
+            _signal(self.kick)
+        self.call()
 
     def set_err(self, fd: int | None) -> None:
         """Takes the err eventfd, or drops the one there is."""
@@ -126,10 +138,7 @@ class Ring:
     def signal_err(self) -> None:
         """Tells the front-end that the ring is broken."""
         if self._err >= 0:
-            # Again, for the front-end shares the flag, and this is the control thread.
-            with contextlib.suppress(OSError):
-                os.set_blocking(self._err, False)
-                os.write(self._err, (1).to_bytes(8, sys.byteorder))
+            _signal(self._err)
 
     # ---- start and stop
 
@@ -160,7 +169,6 @@ class Ring:
         queue = self.setup(features).open(memory, log=log, inflight=inflight)
         queue.set_touch(touch)
         queue.set_call(self._call if self._calls else -1)
-        # Requests may have been completed just before the ring stopped, their call lost with the old eventfd.
         queue.force_signal()
         return queue
 
@@ -173,6 +181,8 @@ class Ring:
             self._runner = LoopRunner(data, device, queue, self.kick, name)
         else:
             self._runner = EngineRunner(engine, queue, self.kick, f"{name} ring {self.index}")
+        # Requests may have been completed just before the ring stopped, their call lost with the old eventfd.
+        self.call()
         return self._runner
 
     async def halt(self) -> None:
@@ -215,6 +225,13 @@ class Ring:
             "broken": str(self.broken) if self.broken else None,
             "obstacle": self.obstacle or None,
         }
+
+
+def _signal(fd: int) -> None:
+    # The front-end shares the flag and may have changed it, and this is the control thread.
+    with contextlib.suppress(OSError):
+        os.set_blocking(fd, False)
+        os.write(fd, (1).to_bytes(8, sys.byteorder))
 
 
 def _replace(number: int, fd: int) -> int:
