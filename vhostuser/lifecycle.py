@@ -66,7 +66,7 @@ class Lifecycle:
 
         Nudges them for a while. Until its migration is over, QEMU's fault thread polls the number of the dead back-end's
         userfaultfd, and eats what is signalled on the eventfd that has the number since ("Read 8 bytes from userfaultfd
-        expected 32", seen on 7.2: the guest waited for its disk for ever).
+        expected 32", seen on 7.2: it took the very first kick, and the guest waited for its disk for ever).
         """
         self._changed.set()
         loop = asyncio.get_running_loop()
@@ -74,8 +74,7 @@ class Lifecycle:
 
     def _nudge(self) -> None:
         for ring in self.rings:
-            if ring.running:
-                ring.nudge()
+            ring.nudge()
 
     def kicked(self, ring: Ring) -> None:
         """The ring's first kick was seen."""

@@ -122,10 +122,11 @@ class Ring:
             _signal(self._call)
 
     def nudge(self) -> None:
-        """Kicks the ring and calls the driver, for what somebody else may have taken from the eventfds."""
+        """Kicks the ring and, if it runs, calls the driver: for what somebody else may have taken from the eventfds."""
         if self.kick is not None and self.kick != POLLED:
             _signal(self.kick)
-        self.call()
+        if self.running:
+            self.call()
 
     def set_err(self, fd: int | None) -> None:
         """Takes the err eventfd, or drops the one there is."""
