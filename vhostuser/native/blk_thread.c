@@ -179,10 +179,11 @@ static int sleep_until_kick(struct vu_blk_run *run)
     return 0;
 }
 
-/* Nothing to do: polls for a while, then asks for kicks and sleeps. */
+/* Nothing to do: polls for a while, then asks for kicks and sleeps. While a medium is waited for it sleeps at once: what
+ * polling saves is little beside that wait, and costs as much CPU as the request itself. */
 static int rest(struct vu_blk_run *run)
 {
-    if (run->now - run->active < run->window) {
+    if (run->now - run->active < run->window && !vu_blk_transfers_out(run)) {
         sched_yield(); /* the driver may share our CPU */
         return 0;
     }
