@@ -10,9 +10,12 @@ import fcntl
 import itertools
 import mmap
 import os
+import select
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +87,8 @@ class Disk:
     serial: bytes = b"a serial number"
     log_bytes: int = 0
     ring_size: int = 256
+    evicted: bool = False
+    """The page cache holds nothing of the image when the engine starts."""
 
     def __post_init__(self) -> None:
         error = ffi.new("int *")
@@ -154,6 +159,9 @@ class Disk:
 
     def run(self) -> int:
         """Serves what is available, at most one batch."""
+        if self.evicted:
+            os.fdatasync(self.fd)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         code: int = lib.vu_blk_run(self.blk, self.queue, -1, self.stop)
         return code
 
@@ -195,8 +203,12 @@ class Disk:
         return {name: getattr(stats, name) for name, _ in ffi.typeof("struct vu_blk_stats").fields}
 
     def content(self) -> bytes:
-        with mmap.mmap(-1, self.sectors * 512) as aligned:
-            os.preadv(self.fd, [aligned], 0)
+        return self.stored(0, self.sectors)
+
+    def stored(self, low: int, high: int) -> bytes:
+        """What sectors ``low`` to ``high`` of the image hold; zeroes behind its end."""
+        with mmap.mmap(-1, (high - low) * 512) as aligned:
+            os.preadv(self.fd, [aligned], low * 512)
             return aligned[:]
 
     @staticmethod
@@ -209,10 +221,16 @@ class Disk:
         return b"".join(struct.pack("<QII", *part) for part in parts)
 
 
-class Disks:
-    """Makes disks that are closed at the end."""
+MEDIA = ("memory", "direct", "evicted")
+"""A file in memory; one on a medium past the page cache; one on a medium through a page cache that is empty."""
 
-    def __init__(self) -> None:
+
+class Disks:
+    """Makes disks that are closed at the end. ``directory`` is where files on a medium go."""
+
+    def __init__(self, medium: str = "memory", directory: Path | None = None) -> None:
+        self.medium = medium
+        self._directory = directory
         self._open: list[Disk] = []
         self._fds: list[int] = []
 
@@ -226,11 +244,29 @@ class Disks:
             os.close(fd)
 
     def image(self, sectors: int, seals: int = 0) -> int:
-        """A descriptor of an image in memory, filled with a pattern that differs from sector to sector."""
+        """A descriptor of an image filled with a pattern that differs from sector to sector."""
+        if self._directory is not None and self.medium != "memory":
+            if seals:
+                pytest.skip("only files in memory can be sealed")
+            return self.file(self._directory / f"image{len(self._fds)}", sectors, direct=self.medium == "direct")
         fd = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.pwrite(fd, self.pattern(0, sectors), 0)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         return self.keep(fd)
+
+    def file(self, path: Path, sectors: int, *, direct: bool) -> int:
+        """The same on a medium; skips the test where that takes no direct I/O of 512 bytes."""
+        with path.open("wb") as file:
+            file.write(self.pattern(0, sectors))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            fd = self.keep(os.open(path, os.O_RDWR | (os.O_DIRECT if direct else 0)))
+            with mmap.mmap(-1, 512) as aligned:
+                os.preadv(fd, [aligned], 512)
+        except OSError as error:
+            pytest.skip(f"{path}: no direct I/O of 512 bytes here: {error.strerror}")
+        return fd
 
     @staticmethod
     def pattern(low: int, high: int) -> bytes:
@@ -243,6 +279,7 @@ class Disks:
         return fd
 
     def __call__(self, sectors: int = 64, fd: int = -1, **settings: object) -> Disk:
+        settings.setdefault("evicted", fd < 0 and self.medium == "evicted")
         disk = Disk(fd if fd >= 0 else self.image(sectors), sectors, **settings)  # type: ignore[arg-type]
         self._open.append(disk)
         return disk
@@ -254,8 +291,43 @@ def disk_maker() -> type[Disks]:
     return Disks
 
 
-@pytest.fixture
-def disks() -> Iterator[Disks]:
-    """Disks for one test."""
-    with Disks() as made:
+@pytest.fixture(params=MEDIA)
+def disks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disks]:
+    """Disks for one test, on every kind of medium."""
+    with Disks(request.param, tmp_path) as made:
         yield made
+
+
+class Served:
+    """A disk whose engine is on a thread."""
+
+    def __init__(self, disk: Disk, kick: int) -> None:
+        self.disk, self.kick = disk, kick
+        self.codes: list[int] = []
+        os.eventfd_read(disk.stop)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        self.codes.append(lib.vu_blk_run(self.disk.blk, self.disk.queue, self.kick, self.disk.stop))
+
+    def completed(self, count: int) -> dict[int, int]:
+        """Waits until ``count`` chains have been used."""
+        used: dict[int, int] = {}
+        while len(used) < count:
+            assert select.select([self.disk.call], [], [], 5)[0], f"only {len(used)} of {count} came back"
+            os.eventfd_read(self.disk.call)
+            used |= self.disk.completed()
+        return used
+
+    def stop(self) -> int:
+        os.eventfd_write(self.disk.stop, 1)
+        self._thread.join(5)
+        assert self.codes, "the engine did not stop"
+        return self.codes[0]
+
+
+@pytest.fixture
+def served(disks: Disks) -> type[Served]:
+    """To put a disk's engine on a thread."""
+    return Served

@@ -6,6 +6,7 @@ import os
 import select
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +70,12 @@ class Holes:
         os.eventfd_read(self.disk.call)
         used: dict[int, int] = self.disk.completed()
         return used
+
+    def until_it_sleeps(self) -> None:
+        """Returns when the engine has nothing to do: from then on it sees a stop before what is offered after it."""
+        stat = Path(f"/proc/self/task/{self._thread.native_id}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":
+            os.sched_yield()
 
     def stop(self) -> int:
         os.eventfd_write(self.disk.stop, 1)
@@ -145,6 +152,7 @@ def test_a_stop_waits_for_requests_that_wait(holes: Holes) -> None:
     flush = holes.disk.offer(holes.disk.place(holes.disk.header(FLUSH)), holes.disk.place(b"?"))
     holes.start()
     assert holes.completed() == {flush: 1}
+    holes.until_it_sleeps()
     os.eventfd_write(holes.disk.stop, 1)
     late = holes.disk.offer(holes.disk.place(holes.disk.header(FLUSH)), holes.disk.place(b"?"))
     os.eventfd_write(holes.kick, 1)

@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/uio.h>
 
 #include "api.h"
 
@@ -87,6 +88,26 @@ void vu_ahead_free(struct vu_ahead *ahead);
 /* Free for touch.c while a chain is submitted. */
 struct vu_ahead_link { struct vu_chain *next; _Atomic uint32_t missing; };
 struct vu_ahead_link *vu_chain_link(struct vu_chain *chain);
+
+/* ---- io_uring (uring.c) ------------------------------------------------------------------------------------------
+ * Of one thread. The caller keeps no more than `entries` requests between vu_uring_move or _sync and vu_uring_next. */
+
+struct vu_uring;
+/* NULL where the kernel, a sysctl or a seccomp filter does not let us have one. entries: a power of two. */
+struct vu_uring *vu_uring_new(uint32_t entries);
+/* Waits for the requests that the kernel has, however long they take; those not submitted are forgotten. */
+void vu_uring_free(struct vu_uring *uring);
+/* Readable when vu_uring_next has something that a submit did not leave behind. */
+int vu_uring_fd(const struct vu_uring *uring);
+/* Prepares one preadv2 or pwritev2. iov is kept until vu_uring_submit, the memory that it names until vu_uring_next. */
+void vu_uring_move(struct vu_uring *uring, bool write, int fd, const struct iovec *iov, int count, uint64_t position,
+                   int flags, uint64_t cookie);
+/* Prepares one fdatasync. */
+void vu_uring_sync(struct vu_uring *uring, int fd, uint64_t cookie);
+/* Hands over what was prepared; false if that was nothing. What the kernel refused ends with -EAGAIN. */
+bool vu_uring_submit(struct vu_uring *uring);
+/* Takes one that has ended, in any order, and what its system call would have returned or -errno; false: none. */
+bool vu_uring_next(struct vu_uring *uring, uint64_t *cookie, int *result);
 
 /* ---- fault-ahead ------------------------------------------------------------------------------------------------ */
 
