@@ -16,6 +16,7 @@ from vhostuser._native import ffi, lib
 from vhostuser.uffd import TouchPool
 
 Guests = Callable[..., Any]
+HUGE = 2 << 20
 
 
 def test_a_chain_whose_pages_are_here_does_not_wait(guests: Guests, pool: TouchPool) -> None:
@@ -104,6 +105,27 @@ def test_one_page_and_nothing_else_to_do_is_touched_by_the_caller(
     assert guest.waiting == 0
     stats = pool.stats()
     assert (stats.waited, stats.ahead) == (1, 0)
+
+
+def test_segments_in_one_page_are_one_page(guests: Guests, pool: TouchPool, background: Any) -> None:
+    """The header and the data of a small request often share a page."""
+    guest = guests()
+    chain = guest.chain(5, 5)
+    submitted = background(lambda: guest.submit(chain, alone=True))
+    guest.faults(1)
+    guest.place(5)
+    assert submitted.result() == 0
+    assert pool.stats().ahead == 0
+
+
+def test_a_page_that_nobody_had_to_wait_for_is_no_fault(guests: Guests, pool: TouchPool, huge_pages: None) -> None:
+    """On hugetlbfs mincore knows our own page table only, so a page that others have brought looks missing."""
+    guest = guests(HUGE, 16)
+    os.posix_fallocate(guest.fd, 5 * HUGE, HUGE)
+    chain = guest.chain(5)
+    assert guest.submit(chain) == 1
+    assert guest.collected(1) == [chain]
+    assert pool.stats().waited == 0
 
 
 def test_alone_means_nothing_while_other_chains_wait(guests: Guests) -> None:
