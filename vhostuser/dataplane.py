@@ -66,7 +66,7 @@ class DataThread:
         self._ended = asyncio.Event()
         self._running: set[asyncio.Future[Any]] = set()
         try:
-            spawn(self._run, name)
+            self._thread = spawn(self._run, name)
         except BaseException:
             self.loop.close()
             raise
@@ -94,6 +94,7 @@ class DataThread:
             await asyncio.wait(self._running)
         self.loop.call_soon_threadsafe(self.loop.stop)
         await self._ended.wait()
+        self._thread.join()  # it has nothing left to do
 
 
 class Runner(Protocol):

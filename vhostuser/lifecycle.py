@@ -64,9 +64,9 @@ class Lifecycle:
     def memory_whole(self) -> None:
         """The last hole that a lost front-end or back-end left in memory was filled: rings may start.
 
-        Nudges them for a while. Until its migration is over, QEMU's fault thread polls the number of the dead back-end's
-        userfaultfd, and eats what is signalled on the eventfd that has the number since ("Read 8 bytes from userfaultfd
-        expected 32", seen on 7.2: it took the very first kick, and the guest waited for its disk for ever).
+        Nudges them for a while. Until its migration is over, QEMU's fault thread polls the number of the dead
+        back-end's userfaultfd, and eats what is signalled on the eventfd that has the number since ("Read 8 bytes from
+        userfaultfd expected 32", seen on 7.2: it took the very first kick, and the guest waited for its disk for ever).
         """
         self._changed.set()
         loop = asyncio.get_running_loop()

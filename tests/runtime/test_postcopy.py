@@ -1,221 +1,28 @@
-"""Postcopy over the socket: the test is the destination front-end, with a fault server as QEMU's.
-
-The fault server is a thread of this process; that works because whoever waits for a page does so in C with the GIL
-released. Guest memory exists twice: the source, where the driver has prepared its ring, and the target, which has
-holes.
-"""
+"""Postcopy over the socket: the test is the destination front-end (``migration``)."""
 
 import asyncio
-import contextlib
 import os
-import select
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import MIB, Pair
-from vhostuser.device import Device
+from tests.conftest import Pair
+from tests.runtime.migration import DATA, PAGE, REQUESTS, F, Migration, Shout
 from vhostuser.devices.blk import Blk, BlkSettings
 from vhostuser.devices.image import Image
-from vhostuser.frontend import FrontendRing, SharedMemory
-from vhostuser.memory import Region
+from vhostuser.frontend import FrontendRing
 from vhostuser.protocol import (
-    FrontendRequest,
-    MemoryRegion,
     MemoryTable,
     Postcopy,
     PostcopyAck,
-    ProtocolFeature,
     RequestRefused,
     SingleRegion,
     VirtioFeature,
     VringState,
 )
-from vhostuser.uffd import NotPermitted, Userfaultfd
-from vhostuser.virtqueue import DriverQueue, Request
 
-pytestmark = [pytest.mark.postcopy, pytest.mark.usefixtures("no_leaks")]
-
-PAGE = 4096
-SIZE = 4 * MIB
-DATA = 2 * MIB
-REQUESTS = 8
-F = FrontendRequest
-
-
-@pytest.fixture(autouse=True, scope="module")
-def permitted() -> None:
-    try:
-        Userfaultfd.probe()
-    except NotPermitted as error:
-        pytest.skip(str(error))
-
-
-class PageServer:
-    """QEMU's fault thread and its page stream: copies pages of the source into the target, then wakes the back-end."""
-
-    def __init__(self, theirs: int, source: int, target: int, description: MemoryRegion) -> None:
-        self.theirs = Userfaultfd(theirs)
-        self.ours = Userfaultfd.open()
-        self.source = source
-        self.region = Region.map(target, description)
-        self.ours.register(self.region.base, self.region.length)
-        self.base = 0
-        self.faults: list[int] = []
-        self.asked = threading.Event()
-        self.open = threading.Event()
-        self._end = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        poll = select.poll()
-        poll.register(self.theirs.fileno(), select.POLLIN)
-        poll.register(self._end, select.POLLIN)
-        while self._end not in dict(poll.poll()):
-            for fault in self.theirs.read():
-                self.faults.append((fault.address - self.base) // PAGE)
-                self.asked.set()
-                self.open.wait()
-                if self._end >= 0:
-                    self.place(self.faults[-1])
-
-    def place(self, page: int) -> None:
-        """Brings one page, for whatever reason, and wakes whoever waits for it."""
-        data = os.pread(self.source, PAGE, page * PAGE)
-        with contextlib.suppress(FileExistsError):
-            self.ours.copy(self.region.base + page * PAGE, data)
-        self.theirs.wake(self.base + page * PAGE, PAGE)
-
-    def place_all(self) -> None:
-        """The background stream: everything that is not there yet."""
-        for page in range(SIZE // PAGE):
-            try:
-                self.ours.copy(self.region.base + page * PAGE, os.pread(self.source, PAGE, page * PAGE))
-            except FileExistsError:
-                continue
-            self.theirs.wake(self.base + page * PAGE, PAGE)
-
-    def close(self) -> None:
-        os.eventfd_write(self._end, 1)
-        self.open.set()
-        self._thread.join()
-        os.close(self._end)
-        self.ours.unregister(self.region.base, self.region.length)
-        self.ours.close()
-        self.theirs.close()
-
-
-class Shout(Device):
-    """Answers in upper case."""
-
-    virtio_id = 63
-
-    async def handle(self, request: Request) -> None:
-        request.write(request.read().upper())
-
-
-class Migration:
-    """The destination side of a migration of one ring with requests on it."""
-
-    def __init__(self, pair: Pair, *, slots: bool) -> None:
-        self.pair = pair
-        self.frontend = pair.frontend
-        self.slots = slots
-        self.source = SharedMemory((0, SIZE))
-        self.target = os.memfd_create("target", os.MFD_CLOEXEC)
-        os.truncate(self.target, SIZE)
-        self.ring = FrontendRing(0, DriverQueue(self.source.map, 0, 64))
-        user = self.source.map.regions[0].host
-        self.description = MemoryRegion(0, SIZE, user, 0)
-        self.server: PageServer | None = None
-
-    def offer_texts(self) -> None:
-        """One request to a page and a half, so that chains miss several pages each."""
-        for number in range(REQUESTS):
-            at = DATA + number * 4 * PAGE
-            text = b"request %d" % number
-            self.source.map.write(at, text)
-            self.ring.queue.offer(readable=[(at, len(text))], writable=[(at + PAGE, len(text))])
-        self.ring.queue.publish()
-
-    def texts(self) -> list[bytes]:
-        """What the device has answered, read from the target's file."""
-        return [os.pread(self.target, 9, DATA + number * 4 * PAGE + PAGE) for number in range(REQUESTS)]
-
-    async def advise(self) -> None:
-        wanted = ~0 if self.slots else ~ProtocolFeature.CONFIGURE_MEM_SLOTS.mask
-        # The driver's ring has no event index: it wants a call for everything.
-        await self.frontend.negotiate(~VirtioFeature.RING_EVENT_IDX.mask, wanted)
-        _, fds = await self.frontend.request(F.POSTCOPY_ADVISE)
-        self.server = PageServer(fds.take(), self.source.fds[0], self.target, self.description)
-
-    async def listen(self) -> None:
-        """LISTEN, the table, our addresses in its answer, the acknowledgement."""
-        assert self.server is not None
-        await self.frontend.request(F.POSTCOPY_LISTEN)
-        if self.slots:
-            reply, _ = await self.frontend.request(F.ADD_MEM_REG, SingleRegion(self.description), (self.target,))
-            assert isinstance(reply, SingleRegion)
-            based = reply.region
-        else:
-            answer, _ = await self.frontend.request(F.SET_MEM_TABLE, MemoryTable((self.description,)), (self.target,))
-            assert isinstance(answer, MemoryTable)
-            (based,) = answer.regions
-        assert based.guest == 0
-        assert based.user == self.pair.backend.connections[0].memory.regions[0].host
-        self.server.base = based.user
-        await self.frontend.request(F.POSTCOPY_ACK, PostcopyAck())
-
-    async def start(self) -> None:
-        """Starts the ring; the kick is there already, as QEMU's is after a migration."""
-        self.ring.kick()
-        await self.frontend.start_ring(self.ring, self.source)
-
-    def used(self) -> int:
-        """The used index in the target's file; reading the file does not fill holes."""
-        return int.from_bytes(os.pread(self.target, 2, self.ring.queue.used + 2), "little")
-
-    async def completed(self) -> None:
-        while self.used() < REQUESTS:
-            await asyncio.wait_for(self.ring.called(), 10)
-
-    async def end(self) -> None:
-        assert self.server is not None
-        self.server.place_all()
-        await self.frontend.request(F.POSTCOPY_END)
-
-    def close(self) -> None:
-        if self.server is not None:
-            self.server.close()
-        self.ring.close()
-        self.source.close()
-        os.close(self.target)
-
-
-@pytest.fixture(params=["table", "slots"])
-async def migrations(
-    request: pytest.FixtureRequest, pairs: Callable[..., Pair]
-) -> AsyncIterator[Callable[..., Migration]]:
-    made: list[Migration] = []
-
-    def make(device: Device, **options: object) -> Migration:
-        made.append(Migration(pairs(device, **options), slots=request.param == "slots"))
-        return made[-1]
-
-    yield make
-    for migration in made:
-        await migration.pair.close()
-        migration.close()
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.write_bytes(b"".join(bytes([page + 1]) * PAGE for page in range(64)))
-    yield path
+pytestmark = [pytest.mark.postcopy, pytest.mark.usefixtures("no_leaks", "permitted")]
 
 
 async def test_requests_complete_while_memory_arrives(migrations: Callable[..., Migration]) -> None:
