@@ -132,9 +132,7 @@ class Backend:
     def _connection(self, sock: socket.socket, name: str) -> Connection:
         device = self._device if isinstance(self._device, Device) else self._device()
         half = Postcopy(self._pool, device_fd=self._uffd_device, record=self._record) if self._postcopy else None
-        return Connection(
-            sock, device, name=name, postcopy=half, record=self._record, mem_slots=self._mem_slots
-        )
+        return Connection(sock, device, name=name, postcopy=half, record=self._record, mem_slots=self._mem_slots)
 
     def state(self) -> dict[str, object]:
         """The state of everything: JSON-able values; for SIGUSR1."""

@@ -190,9 +190,7 @@ class LoopRunner:
             self._served.stop()
 
 
-def _resolve(
-    finished: asyncio.Future[QueueBroken | None], index: int, error: Exception | None, *, asked: bool
-) -> None:
+def _resolve(finished: asyncio.Future[QueueBroken | None], index: int, error: Exception | None, *, asked: bool) -> None:
     """Whoever stops serving without having been asked has broken the ring: nobody looks at it any more."""
     if finished.done():
         return

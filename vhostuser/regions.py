@@ -58,8 +58,7 @@ class Regions:
         Nothing is changed yet: a region that is not adopted goes with its last reference. Raises RequestRefused.
         """
         return tuple(
-            self.memory.same(description, fd)
-            or Region.map(fd, description, at_user=listening, hidden=listening)
+            self.memory.same(description, fd) or Region.map(fd, description, at_user=listening, hidden=listening)
             for description, fd in zip(descriptions, fds, strict=True)
         )
 

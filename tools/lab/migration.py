@@ -78,7 +78,7 @@ class Migration:
         self._capabilities = ("events", *(["postcopy-ram"] if postcopy else []), *capabilities)
         pace = HUGE_PAGES if source.hardware.hugepages else SMALL_PAGES
         self._bandwidth = pace.precopy if postcopy else bandwidth
-        self._parameters = {"max_postcopy_bandwidth": pace.postcopy}
+        self._parameters: dict[str, Any] = {"max_postcopy_bandwidth": pace.postcopy}
         if postcopy:
             self._parameters["downtime_limit"] = 1  # ms: a guest that works never comes down to that by itself
 

@@ -21,7 +21,7 @@ ffi = FFI()
 ffi.cdef(re.sub(r"/\*.*?\*/", "", (HERE / "api.h").read_text(), flags=re.DOTALL))
 ffi.set_source(
     "vhostuser._native",
-    "#include <stdint.h>\n#include <stddef.h>\n#include \"api.h\"",
+    '#include <stdint.h>\n#include <stddef.h>\n#include "api.h"',
     sources=SOURCES,
     include_dirs=[str(HERE)],
     depends=[*HEADERS, str(HERE / "build.py")],
