@@ -185,10 +185,14 @@ async def test_listen_after_the_memory_table_is_refused(migrations: Callable[...
         await migration.frontend.request(F.POSTCOPY_LISTEN)
 
 
+@pytest.mark.parametrize("kicked", [True, False], ids=["kicked", "kick-taken"])
 async def test_memory_left_with_holes_is_not_touched_until_it_is_whole(
-    migrations: Callable[..., Migration], pairs: Callable[..., Pair], tmp_path: Path
+    migrations: Callable[..., Migration], pairs: Callable[..., Pair], tmp_path: Path, kicked: bool
 ) -> None:
-    """QEMU with reconnect sends the new back-end a plain table and no word of postcopy."""
+    """QEMU with reconnect sends the new back-end a plain table and no word of postcopy.
+
+    And its fault thread may take the first kick, so the ring starts without one, but not before the memory is whole.
+    """
     record = tmp_path / "record"
     migration = migrations(Shout(), record=record)
     migration.offer_texts()
@@ -201,7 +205,8 @@ async def test_memory_left_with_holes_is_not_touched_until_it_is_whole(
     await again.frontend.request(F.SET_MEM_TABLE, MemoryTable((migration.description,)), (migration.target,))
     ring = FrontendRing(0, migration.ring.queue)
     again.rings.append(ring)
-    ring.kick()
+    if kicked:
+        ring.kick()
     await again.frontend.start_ring(ring, migration.source)
     for _ in range(5):
         await again.frontend.get(F.GET_FEATURES)
