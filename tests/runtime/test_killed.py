@@ -66,7 +66,7 @@ class Crashing:
 
     def offer(self) -> None:
         while self.offered < REQUESTS:
-            at = DATA + self.offered % (SIZE * 2) * SLOT
+            at = DATA + self.offered * SLOT
             self.memory.map.write(at, b"%016d" % self.offered)
             head = self.queue.offer([(at, 16)], [(at + 64, 16)])
             if head is None:
@@ -80,7 +80,7 @@ class Crashing:
         while (used := self.queue.take()) is not None:
             head, length = used
             number = self.under_way.pop(head)  # KeyError: completed twice
-            at = DATA + number % (SIZE * 2) * SLOT
+            at = DATA + number * SLOT
             assert (length, self.memory.map.read(at + 64, 16)) == (16, (b"%016d" % number)[::-1])
             self.completed.append(number)
 
