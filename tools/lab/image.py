@@ -35,7 +35,8 @@ exec /agent
 """
 
 # The guest's half of the command channel; the host's half, with the rules that both follow, is guest.Guest.
-# Commands run side by side; one loop sends the replies, so that no two are mixed.
+# Commands run side by side; one loop sends the replies, so that no two are mixed. The newline before "ready" ends what
+# a guest that was killed may have left of a line.
 AGENT = """\
 #!/bin/sh
 stty -F /dev/ttyS1 raw -echo
@@ -43,7 +44,8 @@ exec 3<>/dev/ttyS1
 mkdir /run
 mkfifo /run/finished
 while read -r id; do cat "/run/$id"; rm "/run/$id"; done <>/run/finished >&3 3<&- &
-echo "ready $(cat /proc/sys/kernel/random/boot_id)" >&3
+echo "
+ready $(cat /proc/sys/kernel/random/boot_id)" >&3
 last=0
 while true; do
     IFS=' ' read -r id command end <&3 || continue

@@ -99,5 +99,5 @@ def waiting_threads(pid: int) -> int:
 def _wait_channel(task: Path) -> str:
     try:
         return (task / "wchan").read_text()
-    except FileNotFoundError:  # the thread has ended meanwhile
+    except (FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
         return ""
