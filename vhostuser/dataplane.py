@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
@@ -33,6 +34,8 @@ _FATAL = {signal.SIGBUS, signal.SIGSEGV}
 # How often a ring without kicks (VHOST_USER_VRING_NOFD_MASK) is looked at, in seconds. uvloop's timers count whole
 # milliseconds, and less than one is none.
 _POLL = 0.001
+# How long a ring that has just been busy is looked at before its thread sleeps, in nanoseconds.
+_PATIENCE = 50_000
 
 
 def spawn(body: Callable[[], None], name: str) -> threading.Thread:
@@ -237,10 +240,13 @@ class ServedQueue:
         """
         # Without this a busy ring would never let the loop see anything else, the stop among it.
         await asyncio.sleep(0)
+        patience = time.perf_counter_ns() + _PATIENCE
         while True:
             if batch := self._take(most):
                 return batch
-            await self._idle()
+            # A driver that is fast is about to offer more; asking for a kick and sleeping would cost both sides more.
+            if self._stopping or self._queue.out or time.perf_counter_ns() > patience:
+                await self._idle()
 
     def _take(self, most: int) -> list[Request]:
         """What can be had at once; requests whose pages are here go before those that wait for some."""
