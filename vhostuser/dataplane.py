@@ -42,7 +42,7 @@ def spawn(body: Callable[[], None], name: str) -> threading.Thread:
     """Starts ``body`` on a daemon thread that takes no signals."""
 
     def deaf() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - _FATAL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FATAL)
         body()
 
     thread = threading.Thread(target=deaf, name=name, daemon=True)
