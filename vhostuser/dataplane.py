@@ -1,11 +1,7 @@
 """Data threads: where queues are served, away from the control thread.
 
 What belongs here: the threads that may touch guest memory, the loop on which Python devices run, batching, and the stop
-of both kinds of ring. What does not: when a ring starts or stops (``connection``).
-
-Threads are daemon threads and never executors: one that waits for a missing page would hold up the exit of the process.
-All signals but SIGBUS and SIGSEGV are blocked in them: a thread that is hit by a handled signal inside a kernel-mode
-fault returns to the fault at once and spins.
+of both kinds of ring. What does not: when a ring starts or stops (``lifecycle``), how a thread begins (``threads``).
 """
 
 from __future__ import annotations
@@ -14,8 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -24,30 +18,18 @@ from typing import Any, Protocol, TypeVar
 from vhostuser.device import Device, Engine
 from vhostuser.memory import explain
 from vhostuser.protocol import QueueBroken
+from vhostuser.threads import spawn
 from vhostuser.virtqueue import DeviceQueue, Request
 
 log = logging.getLogger("vhostuser")
 
 T = TypeVar("T")
 
-_FATAL = {signal.SIGBUS, signal.SIGSEGV}
 # How often a ring without kicks (VHOST_USER_VRING_NOFD_MASK) is looked at, in seconds. uvloop's timers count whole
 # milliseconds, and less than one is none.
 _POLL = 0.001
 # How long a ring that has just been busy is looked at before its thread sleeps, in nanoseconds.
 _PATIENCE = 50_000
-
-
-def spawn(body: Callable[[], None], name: str) -> threading.Thread:
-    """Starts ``body`` on a daemon thread that takes no signals."""
-
-    def deaf() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FATAL)
-        body()
-
-    thread = threading.Thread(target=deaf, name=name, daemon=True)
-    thread.start()
-    return thread
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

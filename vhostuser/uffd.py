@@ -11,7 +11,6 @@ from __future__ import annotations
 import enum
 import errno
 import os
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from vhostuser._native import ffi, lib
 from vhostuser.protocol import VhostUserError
+from vhostuser.threads import spawn
 
 DEVICE = "/dev/userfaultfd"
 
@@ -268,10 +268,6 @@ class FaultStats:
 class TouchPool:
     """Threads that touch missing pages several at once; one for a process. They start when first needed.
 
-    Daemon threads, since one that waits for a page would hold up the exit of the process, with all signals but SIGBUS
-    and SIGSEGV blocked: a thread that a handled signal hits in a kernel-mode fault returns to the fault at once and
-    spins.
-
     threads: how many pages can be asked for at a time. A request over 32 missing pages takes about 32 / threads round
     trips to whoever brings the pages. capacity: pages waiting to be asked for; when there are more, whoever wants one
     touches it himself.
@@ -296,17 +292,8 @@ class TouchPool:
         return self._touch
 
     def _start(self) -> None:
-        # A new thread inherits the mask, so there is no moment at which it takes signals.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGBUS, signal.SIGSEGV})
-        try:
-            for number in range(self._count):
-                thread = threading.Thread(
-                    target=lib.vu_touch_run, args=(self._touch,), name=f"touch {number}", daemon=True
-                )
-                thread.start()
-                self._threads.append(thread)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in range(self._count):
+            self._threads.append(spawn(lambda: lib.vu_touch_run(self._touch), f"touch {number}"))
 
     def stats(self) -> FaultStats:
         """Since the pool was made."""
