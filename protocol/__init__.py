@@ -67,6 +67,23 @@ from vhostuser.protocol.payloads import (
 from vhostuser.protocol.postcopy import Effect, Postcopy
 from vhostuser.protocol.ring import Ring
 from vhostuser.protocol.session import BackendSession, FrontendSession
+from vhostuser.protocol.wake import (
+    WAKE_MAX_RANGES,
+    WAKE_MAX_SIZE,
+    WAKE_VERSION,
+    Wake,
+    WakeAck,
+    WakeClient,
+    WakeError,
+    WakeHello,
+    WakeKind,
+    WakeMessage,
+    WakeRange,
+    WakeReason,
+    WakeServer,
+    WakeStatus,
+    unpack_wake,
+)
 
 __all__ = [
     "BACKEND",
@@ -79,6 +96,9 @@ __all__ = [
     "U64",
     "VERSION",
     "VHOST_VRING_F_LOG",
+    "WAKE_MAX_RANGES",
+    "WAKE_MAX_SIZE",
+    "WAKE_VERSION",
     "Answer",
     "BackendRequest",
     "BackendSession",
@@ -126,10 +146,22 @@ __all__ = [
     "VringEndian",
     "VringFd",
     "VringState",
+    "Wake",
+    "WakeAck",
+    "WakeClient",
+    "WakeError",
+    "WakeHello",
+    "WakeKind",
+    "WakeMessage",
+    "WakeRange",
+    "WakeReason",
+    "WakeServer",
+    "WakeStatus",
     "XenMemoryRegion",
     "XenMemoryTable",
     "XenSingleRegion",
     "encode",
     "feature_names",
     "protocol_feature_names",
+    "unpack_wake",
 ]
