@@ -25,8 +25,10 @@ What a range means, all of it defined so that a page too many may be woken and n
 - ``issued`` counts the bytes that were asked for and mapped, each range for itself: it equals the sum of the lengths if
   and only if everything was mapped. The kernel does not tell whether anybody waited.
 - Outside of postcopy nobody waits, and the ACK says so: NO_POSTCOPY, 0 bytes.
-- A range that wraps around the address space, more ranges than HELLO allowed, any other size than the fields tell, an
-  unknown kind, a kind that this end does not send, and WAKE before HELLO break the protocol: ERROR.
+- A range that wraps around the address space and more ranges than HELLO allowed break the protocol, as do datagrams that
+  are none of these or come out of order. Nothing of such a message is issued, and the answer is ERROR.
+
+One front-end at a time has the channel: another that connects has its HELLO answered when the first has gone.
 """
 
 import struct
@@ -75,12 +77,16 @@ class WakeStatus(IntEnum):
 
 
 class WakeReason(IntEnum):
-    """Why the back-end closes the channel."""
+    """How the last datagram broke the protocol."""
 
-    BUSY = 1
-    """Another front-end has the channel; one at a time."""
-    PROTOCOL = 2
-    """The last datagram broke the protocol."""
+    MALFORMED = 1
+    """An unknown kind, a size that its fields do not tell, or a field with a value that does not exist."""
+    COUNT = 2
+    """More ranges than the back-end's HELLO allowed."""
+    RANGE = 3
+    """A range wraps around the address space."""
+    ORDER = 4
+    """Not expected now, or never from this end."""
 
 
 class WakeRange(NamedTuple):
@@ -149,9 +155,10 @@ def unpack_wake(datagram: bytes) -> WakeMessage:
     try:
         return _UNPACK[kind](datagram)
     except KeyError:
-        raise _broken(f"{len(datagram)} bytes that begin with kind {kind}, expected a kind from 1 to 4") from None
+        reason = f"{len(datagram)} bytes that begin with kind {kind}, expected a kind from 1 to 4"
     except (struct.error, ValueError) as error:
-        raise _broken(f"{WakeKind(kind).name} of {len(datagram)} bytes: {error}") from None
+        reason = f"{WakeKind(kind).name} of {len(datagram)} bytes: {error}"
+    raise _broken(WakeReason.MALFORMED, reason)
 
 
 def _hello(datagram: bytes) -> WakeHello:
@@ -163,18 +170,20 @@ def _hello(datagram: bytes) -> WakeHello:
 
 def _wake(datagram: bytes) -> Wake:
     _, count, number = _WAKE.unpack_from(datagram)
-    if count > WAKE_MAX_RANGES or len(datagram) != _WAKE.size + count * _RANGE.size:
-        raise ValueError(f"{count} ranges, at most {WAKE_MAX_RANGES}, take {_WAKE.size + count * _RANGE.size} bytes")
-    ranges = tuple(WakeRange(*one) for one in _RANGE.iter_unpack(datagram[_WAKE.size :]))
+    if count > WAKE_MAX_RANGES:
+        raise _broken(WakeReason.COUNT, f"WAKE with {count} ranges, at most {WAKE_MAX_RANGES} are taken")
+    if len(datagram) != _WAKE.size + count * _RANGE.size:
+        raise ValueError(f"{count} ranges take {_WAKE.size + count * _RANGE.size} bytes")
+    ranges = tuple(map(WakeRange._make, _RANGE.iter_unpack(datagram[_WAKE.size :])))
     for guest, length in ranges:
         if guest + length > _END:
-            raise ValueError(f"{length:#x} bytes at {guest:#x} wrap around the address space")
+            raise _broken(WakeReason.RANGE, f"{length:#x} bytes at {guest:#x} wrap around the address space")
     return Wake(number, ranges)
 
 
 def _ack(datagram: bytes) -> WakeAck:
-    _, status, number, count = _ACK.unpack(datagram)
-    return WakeAck(number, count, WakeStatus(status))
+    _, status, number, issued = _ACK.unpack(datagram)
+    return WakeAck(number, issued, WakeStatus(status))
 
 
 def _error(datagram: bytes) -> WakeError:
@@ -190,8 +199,8 @@ _UNPACK: Final[Mapping[int, Callable[[bytes], WakeMessage]]] = {
 }
 
 
-def _broken(reason: str) -> RemoteProtocolError:
-    return RemoteProtocolError(None, f"wake channel: {reason}", answer=WakeError(WakeReason.PROTOCOL).pack())
+def _broken(reason: WakeReason, words: str) -> RemoteProtocolError:
+    return RemoteProtocolError(None, f"wake channel: {words}", answer=WakeError(reason).pack())
 
 
 class WakeServer:
@@ -213,7 +222,7 @@ class WakeServer:
                 return wake
             case other:
                 expected = "WAKE" if self._greeted else "HELLO"
-                raise _broken(f"{type(other).__name__} came, {expected} was expected")
+                raise _broken(WakeReason.ORDER, f"{other} came, {expected} was expected")
 
 
 class WakeClient:
@@ -252,18 +261,12 @@ class WakeClient:
                 self._waiting.popleft()
                 return ack
             case WakeError(reason):
-                raise RemoteProtocolError(None, f"wake channel: the back-end closed it: {_WORDS[reason]}")
+                raise RemoteProtocolError(None, f"wake channel: the back-end refuses what we sent: {reason.name}")
             case other:
                 raise RemoteProtocolError(None, f"wake channel: {other} answers nothing that was sent")
 
     def _acknowledges(self, ack: WakeAck, wake: Wake) -> bool:
         return ack.id == wake.id and ack.issued <= (wake.length if ack.status is WakeStatus.ISSUED else 0)
-
-
-_WORDS: Final = {
-    WakeReason.BUSY: "another front-end has it",
-    WakeReason.PROTOCOL: "what we sent broke the protocol",
-}
 
 
 def _checked(guest: int, length: int) -> WakeRange:
