@@ -25,8 +25,8 @@ What a range means, all of it defined so that a page too many may be woken and n
 - ``issued`` counts the bytes that were asked for and mapped, each range for itself: it equals the sum of the lengths if
   and only if everything was mapped. The kernel does not tell whether anybody waited.
 - Outside of postcopy nobody waits, and the ACK says so: NO_POSTCOPY, 0 bytes.
-- A range that wraps around the address space and more ranges than HELLO allowed break the protocol, as do datagrams that
-  are none of these or come out of order. Nothing of such a message is issued, and the answer is ERROR.
+- A range that wraps around the address space and more ranges than HELLO allowed break the protocol, as do datagrams
+  that are none of these or come out of order. Nothing of such a message is issued, and the answer is ERROR.
 
 One front-end at a time has the channel: another that connects has its HELLO answered when the first has gone.
 """
