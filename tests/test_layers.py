@@ -9,18 +9,20 @@ ROOT = Path(__file__).parents[1]
 NO_IO = {"os", "socket", "asyncio", "mmap", "select", "threading", "uvloop"}
 
 # module -> the modules of the project that it may import; a name stands for everything below it too.
-RUNTIME = {"protocol", "_native", "memory", "virtqueue", "uffd", "postcopy", "channel", "device", "dataplane", "ring"}
+RUNTIME = {"protocol", "_native", "memory", "virtqueue", "uffd"}
+RUNTIME |= {"postcopy", "record", "channel", "device", "dataplane", "ring"}
 ALLOWED = {
     "memory": {"protocol", "_native"},
     "virtqueue": {"protocol", "_native", "memory", "uffd"},
     "threads": set(),
     "uffd": {"protocol", "_native", "memory", "threads"},
     "postcopy": {"protocol", "memory", "uffd"},
+    "record": set(),
     "channel": {"protocol"},
     "device": {"protocol", "virtqueue", "dataplane"},
     "dataplane": {"protocol", "device", "memory", "threads", "virtqueue"},
     "ring": RUNTIME - {"channel"},
-    "regions": {"protocol", "channel", "memory", "uffd", "postcopy"},
+    "regions": {"protocol", "channel", "memory", "uffd", "postcopy", "record"},
     "lifecycle": {"protocol", "dataplane", "device", "memory", "regions", "ring", "virtqueue"},
     "connection": RUNTIME | {"backend_channel", "lifecycle", "regions"},
     "backend_channel": {"protocol", "channel"},

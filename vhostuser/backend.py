@@ -14,7 +14,8 @@ from pathlib import Path
 
 from vhostuser.connection import Connection
 from vhostuser.device import Device
-from vhostuser.postcopy import MemoryRecord, Postcopy
+from vhostuser.postcopy import Postcopy
+from vhostuser.record import MemoryRecord
 from vhostuser.uffd import NotPermitted, TouchPool, Userfaultfd
 
 log = logging.getLogger("vhostuser")
@@ -131,7 +132,7 @@ class Backend:
 
     def _connection(self, sock: socket.socket, name: str) -> Connection:
         device = self._device if isinstance(self._device, Device) else self._device()
-        half = Postcopy(self._pool, device_fd=self._uffd_device, record=self._record) if self._postcopy else None
+        half = Postcopy(self._pool, device_fd=self._uffd_device) if self._postcopy else None
         return Connection(sock, device, name=name, postcopy=half, record=self._record, mem_slots=self._mem_slots)
 
     def state(self) -> dict[str, object]:

@@ -25,7 +25,7 @@ from vhostuser.dataplane import DataThread
 from vhostuser.device import Device
 from vhostuser.lifecycle import Lifecycle
 from vhostuser.memory import DirtyLog, GuestMemory, Region
-from vhostuser.postcopy import MemoryRecord, Postcopy
+from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import (
     U64,
     BackendRequest,
@@ -52,6 +52,7 @@ from vhostuser.protocol import (
     protocol_feature_names,
 )
 from vhostuser.protocol import Postcopy as PostcopyState
+from vhostuser.record import MemoryRecord
 from vhostuser.regions import Regions
 from vhostuser.ring import Ring, usable_event
 from vhostuser.virtqueue import InflightRegion

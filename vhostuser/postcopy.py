@@ -1,29 +1,20 @@
-"""The back-end's half of postcopy, for one connection, and the record of memory that has holes.
+"""The back-end's half of postcopy, for one connection.
 
 What belongs here: the effects of the handshake on descriptors and mappings, in the order that keeps pages from being
-filled with zeros. What does not: which message is allowed when (``protocol.postcopy``), and bringing pages: the
-front-end does.
+filled with zeros. What does not: which message is allowed when (``protocol.postcopy``), what outlives the connection
+(``record``), and bringing pages: the front-end does.
 
 Nothing here touches guest memory. All methods belong to the control thread.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
-from typing import NamedTuple
 
 from vhostuser.memory import GuestMemory, MemoryLost, Region
 from vhostuser.protocol import RequestRefused
 from vhostuser.uffd import NotPermitted, TouchPool, Userfaultfd
-
-log = logging.getLogger("vhostuser")
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Postcopy:
@@ -31,13 +22,11 @@ class Postcopy:
 
     A fault in a registered region goes to the front-end, which reads it from its duplicate of the descriptor, brings
     the page and wakes us. ``pool``: the touch threads of the process. ``device_fd``: as in ``Userfaultfd.open``.
-    ``record``: what END clears; the connection adds to it.
     """
 
-    def __init__(self, pool: TouchPool, *, device_fd: int = -1, record: MemoryRecord | None = None) -> None:
+    def __init__(self, pool: TouchPool, *, device_fd: int = -1) -> None:
         self._pool = pool
         self._device_fd = device_fd
-        self._record = record
         self._uffd: Userfaultfd | None = None
         self._listening = False
 
@@ -96,16 +85,13 @@ class Postcopy:
         pages may have come between a thread's look at it and its falling asleep. This wakes that thread.
         """
         self._part(memory)
-        if self._record is not None:
-            self._record.forget()
 
     def revoke(self, memory: GuestMemory) -> None:
         """The front-end is lost: where pages may be missing nobody touches ``memory`` again; who waits gets an error.
 
-        Closing the userfaultfd first would have the kernel place zero pages, for the whole guest and for good. The
-        record stays: the next front-end may bring the same memory. Takes 10 ms per GiB of mapped pages; raises
-        OSError if the kernel refuses, and then leaves the userfaultfd open, since waiting is better than zeros.
-        Again: nothing.
+        Closing the userfaultfd first would have the kernel place zero pages, for the whole guest and for good.
+        Takes 10 ms per GiB of mapped pages; raises OSError if the kernel refuses, and then leaves the userfaultfd open,
+        since waiting is better than zeros. Again: nothing.
         """
         if self._listening:
             memory.revoke()
@@ -126,73 +112,3 @@ class Postcopy:
         self._listening = False
         self._uffd.close()
         self._uffd = None
-
-
-class _File(NamedTuple):
-    """A file of guest memory. Inode numbers are used again, and start anew at boot, so they are not all."""
-
-    boot: str
-    device: int
-    inode: int
-    size: int
-
-
-class MemoryRecord:
-    """Remembers, in a small file, which guest memory a postcopy migration has left with holes.
-
-    A front-end that loses its back-end in postcopy sends the new one an ordinary memory table and no word of the
-    missing pages. Whoever touches one then fills it with zeros before the front-end can place it, and the migration
-    dies. A process that is restarted reads the file; content that is none of ours counts as an empty record.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._boot = _BOOT_ID.read_text().strip()
-        self._files = self._read()
-
-    def add(self, fds: Iterable[int]) -> None:
-        """Remembers the files behind ``fds``. That the record cannot be written is logged, no more."""
-        self._store(self._files | {self._identify(os.fstat(fd)) for fd in fds})
-
-    def holds(self, fd: int) -> bool:
-        """Whether the file behind ``fd`` is remembered and still has holes. Once it is seen whole it is forgotten."""
-        status = os.fstat(fd)
-        file = self._identify(status)
-        if file not in self._files:
-            return False
-        # st_blocks and not SEEK_HOLE, which sees no holes on hugetlbfs, and moves an offset that the front-end shares.
-        if status.st_blocks * 512 < status.st_size:
-            return True
-        self._store(self._files - {file})
-        return False
-
-    def forget(self) -> None:
-        """Removes the file; the memory is whole."""
-        self._store(frozenset())
-
-    def _identify(self, status: os.stat_result) -> _File:
-        return _File(self._boot, status.st_dev, status.st_ino, status.st_size)
-
-    def _read(self) -> frozenset[_File]:
-        try:
-            rows = json.loads(self._path.read_bytes())
-            return frozenset(_File(str(boot), int(device), int(inode), int(size)) for boot, device, inode, size in rows)
-        except FileNotFoundError:
-            return frozenset()
-        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            log.warning("%s: not a record of guest memory, taken for an empty one: %s", self._path, error)
-            return frozenset()
-
-    def _store(self, files: frozenset[_File]) -> None:
-        if files == self._files:
-            return
-        self._files = files
-        try:
-            if files:
-                new = self._path.with_name(self._path.name + ".new")
-                new.write_text(json.dumps(sorted(files)))
-                new.replace(self._path)
-            else:
-                self._path.unlink(missing_ok=True)
-        except OSError as error:
-            log.error("%s: cannot be written, so a restart in postcopy would lose guest memory: %s", self._path, error)

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable
 
 from vhostuser.channel import Fds
 from vhostuser.memory import GuestMemory, MemoryLost, Region
-from vhostuser.postcopy import MemoryRecord, Postcopy
+from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import MemoryRegion, RequestRefused
+from vhostuser.record import MemoryRecord
 from vhostuser.uffd import TouchPool
 
 log = logging.getLogger("vhostuser")
@@ -114,14 +115,25 @@ class Regions:
         self._unregistered = []
 
     def end(self) -> None:
-        """No page is missing any more. Wakes whoever still waits, so it comes before anything waits for them."""
-        self._half().end(self.memory)
+        """No page is missing any more. Wakes whoever still waits, so it comes before anything waits for them.
+
+        QEMU tells a back-end that was restarted in postcopy too, which therefore knows of no postcopy of its own.
+        """
+        if self._postcopy is not None:
+            self._postcopy.end(self.memory)
         for region in self._unregistered:
             region.reveal()
         self._unregistered = []
+        if self._record is not None:
+            self._record.forget()
+            if self._holes:
+                self._look(self._record)
 
     def revoke(self) -> None:
-        """The front-end is lost: nobody will bring missing pages, so nobody touches the memory again."""
+        """The front-end is lost: nobody will bring missing pages, so nobody touches the memory again.
+
+        The record stays: the next front-end may bring the same memory.
+        """
         if self._postcopy is None:
             return
         if self._postcopy.active:
@@ -152,7 +164,10 @@ class Regions:
                 self._holes[region] = os.dup(fd)
         if self._holes and self._look_again is None:
             log.warning(
-                "%s: rings wait: a postcopy migration into this memory is under way and pages are missing", self._name
+                "%s: rings wait: a postcopy migration into this memory is under way and pages are missing "
+                "(if it is over, remove %s)",
+                self._name,
+                record.path,
             )
             self._look_later(record)
 
@@ -160,7 +175,6 @@ class Regions:
         self._look_again = asyncio.get_running_loop().call_later(_HOLES_AGAIN, self._look, record)
 
     def _look(self, record: MemoryRecord) -> None:
-        self._look_again = None
         self._forget_holes([region for region, fd in self._holes.items() if not record.holds(fd)])
         if self._holes:
             self._look_later(record)

@@ -106,7 +106,10 @@ class GuestMemory:
         self._file.close()
 
     def pages(self) -> set[int]:
-        """The offsets at which it has pages; the rest is holes. The kernel may take back pages that are all zeros."""
+        """The offsets at which it has pages; the rest is holes.
+
+        They become fewer: Linux drops pages of zeros that were read and never written when it reclaims memory.
+        """
         fd = self._file.fileno()
         found: set[int] = set()
         end = 0

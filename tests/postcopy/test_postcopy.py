@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vhostuser.memory import GuestMemory, MemoryLost, Region
-from vhostuser.postcopy import MemoryRecord, Postcopy
+from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import RequestRefused
 from vhostuser.uffd import TouchPool
 
@@ -324,18 +324,3 @@ def test_no_descriptor_stays_open(file: Callable[[], File], no_leaks: None, half
         finish(listen(half, one.map()))
     os.close(one.fd)
     one.fd = -1
-
-
-def test_the_end_clears_the_record_and_a_loss_does_not(
-    pool: TouchPool, file: Callable[[], File], tmp_path: Path
-) -> None:
-    one = file()
-    record = MemoryRecord(tmp_path / "record")
-    half = Postcopy(pool, record=record)
-    record.add([one.fd])
-    half.revoke(listen(half, one.map()))
-    assert record.holds(one.fd)
-    assert MemoryRecord(tmp_path / "record").holds(one.fd), "and a process that is restarted knows"
-    half.end(listen(half, one.map()))
-    assert not record.holds(one.fd)
-    assert not (tmp_path / "record").exists()

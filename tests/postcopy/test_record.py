@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vhostuser.postcopy import MemoryRecord
+from vhostuser.record import MemoryRecord
 
 PAGES = 4
 
@@ -103,6 +103,36 @@ def test_forgetting_removes_the_file(path: Path, memory: Callable[[], int]) -> N
     assert path.exists()
     record.forget()
     assert list(path.parent.iterdir()) == []
+
+
+def test_removing_the_file_forgets_while_the_process_runs(
+    path: Path, memory: Callable[[], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cure where a hole is nobody's business any more and nobody says so."""
+    first, second = memory(), memory()
+    for made_before in (False, True):
+        record = MemoryRecord(path)
+        record.add([first])
+        if made_before:
+            record = MemoryRecord(path)
+        assert record.holds(first)
+        path.unlink()
+        assert not record.holds(first)
+        assert "was removed" in caplog.text
+        record.add([second])
+        assert record.holds(second)
+        assert not record.holds(first)
+        path.unlink()
+
+
+def test_memory_removed_by_hand_does_not_come_back_with_the_next(path: Path, memory: Callable[[], int]) -> None:
+    first, second = memory(), memory()
+    record = MemoryRecord(path)
+    record.add([first])
+    path.unlink()
+    record.add([second])
+    assert not record.holds(first)
+    assert record.holds(second)
 
 
 def test_a_new_record_replaces_the_old_one_in_one_step(

@@ -70,14 +70,17 @@ class PageServer:
             self.ours.copy(self.region.base + page * PAGE, data)
         self.theirs.wake(self.base + page * PAGE, PAGE)
 
-    def place_all(self) -> None:
-        """The background stream: everything that is not there yet."""
+    def place_all(self, *, wake: bool = True, but: int = -1) -> None:
+        """The background stream: everything that is not there yet, ``but`` one page."""
         for page in range(SIZE // PAGE):
+            if page == but:
+                continue
             try:
                 self.ours.copy(self.region.base + page * PAGE, os.pread(self.source, PAGE, page * PAGE))
             except FileExistsError:
                 continue
-            self.theirs.wake(self.base + page * PAGE, PAGE)
+            if wake:
+                self.theirs.wake(self.base + page * PAGE, PAGE)
 
     def close(self) -> None:
         os.eventfd_write(self._end, 1)
@@ -111,7 +114,33 @@ class Migration:
         self.ring = FrontendRing(0, DriverQueue(self.source.map, 0, 64))
         user = self.source.map.regions[0].host
         self.description = MemoryRegion(0, SIZE, user, 0)
-        self.server: PageServer | None = None
+        self._server: PageServer | None = None
+
+    @property
+    def server(self) -> PageServer:
+        """From ``advise`` on."""
+        assert self._server is not None
+        return self._server
+
+    async def reach(self, state: str) -> None:
+        """Offers the requests and brings the handshake to a state: a name of its table in lower case, or what follows.
+
+        usable: the acknowledgement was sent. blocked: the ring has started, and its thread waits for a page.
+        """
+        self.offer_texts()
+        if state == "idle":
+            await self.frontend.negotiate()
+            return
+        await self.advise()
+        if state == "listening":
+            await self.frontend.request(F.POSTCOPY_LISTEN)
+        elif state == "awaiting_ack":
+            await self._share()
+        elif state in ("usable", "blocked"):
+            await self.listen()
+        if state == "blocked":
+            await self.start()
+            await self.blocked()
 
     def offer_texts(self) -> None:
         """One request to a page and a half, so that chains miss several pages each."""
@@ -131,46 +160,86 @@ class Migration:
         # The driver's ring has no event index: it wants a call for everything.
         await self.frontend.negotiate(~VirtioFeature.RING_EVENT_IDX.mask, wanted)
         _, fds = await self.frontend.request(F.POSTCOPY_ADVISE)
-        self.server = PageServer(fds.take(), self.source.fds[0], self.target, self.description)
+        self._server = PageServer(fds.take(), self.source.fds[0], self.target, self.description)
 
     async def listen(self) -> None:
         """LISTEN, the table, our addresses in its answer, the acknowledgement."""
-        assert self.server is not None
-        await self.frontend.request(F.POSTCOPY_LISTEN)
-        if self.slots:
-            reply, _ = await self.frontend.request(F.ADD_MEM_REG, SingleRegion(self.description), (self.target,))
-            assert isinstance(reply, SingleRegion)
-            based = reply.region
-        else:
-            answer, _ = await self.frontend.request(F.SET_MEM_TABLE, MemoryTable((self.description,)), (self.target,))
-            assert isinstance(answer, MemoryTable)
-            (based,) = answer.regions
+        based = await self._share()
         assert based.guest == 0
         assert based.user == self.pair.backend.connections[0].memory.regions[0].host
         self.server.base = based.user
         await self.frontend.request(F.POSTCOPY_ACK, PostcopyAck())
+
+    async def _share(self) -> MemoryRegion:
+        """LISTEN and the table; the region with the back-end's address."""
+        await self.frontend.request(F.POSTCOPY_LISTEN)
+        if self.slots:
+            reply, _ = await self.frontend.request(F.ADD_MEM_REG, SingleRegion(self.description), (self.target,))
+            assert isinstance(reply, SingleRegion)
+            return reply.region
+        answer, _ = await self.frontend.request(F.SET_MEM_TABLE, MemoryTable((self.description,)), (self.target,))
+        assert isinstance(answer, MemoryTable)
+        (based,) = answer.regions
+        return based
 
     async def start(self) -> None:
         """Starts the ring; the kick is there already, as QEMU's is after a migration."""
         self.ring.kick()
         await self.frontend.start_ring(self.ring, self.source)
 
+    async def blocked(self) -> None:
+        """Waits until a thread of the back-end waits for a page."""
+        async with asyncio.timeout(5):
+            while not self.server.asked.is_set():
+                await self.frontend.get(F.GET_FEATURES)
+
+    async def again(self, pair: Pair, *others: SharedMemory, kicked: bool = True) -> FrontendRing:
+        """A front-end that has lost its back-end: it tells the next, ``pair``'s, the same without a word of postcopy.
+
+        The memory that is being migrated into comes first, then the ``others``, by slots or in one table. kicked: the
+        kick has not got lost. The ring is the caller's to wait for.
+        """
+        await pair.frontend.negotiate(~VirtioFeature.RING_EVENT_IDX.mask)
+        regions = (self.description, *(region for other in others for region in other.table().regions))
+        fds = (self.target, *(fd for other in others for fd in other.fds))
+        if self.slots:
+            for region, fd in zip(regions, fds, strict=True):
+                await pair.frontend.request(F.ADD_MEM_REG, SingleRegion(region), (fd,))
+        else:
+            await pair.frontend.request(F.SET_MEM_TABLE, MemoryTable(regions), fds)
+        ring = FrontendRing(0, self.ring.queue)
+        pair.rings.append(ring)
+        if kicked:
+            ring.kick()
+        await pair.frontend.start_ring(ring, self.source)
+        for _ in range(5):
+            await pair.frontend.get(F.GET_FEATURES)
+        return ring
+
+    def holes(self) -> int:
+        """Bytes of the target that nobody has touched or brought."""
+        return SIZE - os.fstat(self.target).st_blocks * 512
+
     def used(self) -> int:
         """The used index in the target's file; reading the file does not fill holes."""
         return int.from_bytes(os.pread(self.target, 2, self.ring.queue.used + 2), "little")
 
-    async def completed(self) -> None:
+    async def completed(self, ring: FrontendRing | None = None) -> None:
+        """Waits until every request was completed; ``ring`` in place of the migration's own."""
         while self.used() < REQUESTS:
-            await asyncio.wait_for(self.ring.called(), 10)
+            await asyncio.wait_for((ring or self.ring).called(), 10)
+
+    def shouted(self) -> bool:
+        """Whether ``Shout`` has answered every request, and rightly."""
+        return self.texts() == [b"REQUEST %d" % number for number in range(REQUESTS)]
 
     async def end(self) -> None:
-        assert self.server is not None
         self.server.place_all()
         await self.frontend.request(F.POSTCOPY_END)
 
     def close(self) -> None:
-        if self.server is not None:
-            self.server.close()
+        if self._server is not None:
+            self._server.close()
         self.ring.close()
         self.source.close()
         os.close(self.target)
