@@ -26,7 +26,9 @@ ALLOWED = {
     "lifecycle": {"protocol", "dataplane", "device", "memory", "regions", "ring", "virtqueue"},
     "connection": RUNTIME | {"backend_channel", "lifecycle", "regions"},
     "backend_channel": {"protocol", "channel"},
-    "backend": RUNTIME | {"connection"},
+    "backend": RUNTIME | {"connection", "wake_service"},
+    "wake": {"protocol", "channel"},
+    "wake_service": {"protocol"},
     "frontend": {"protocol", "channel", "memory", "virtqueue"},
 }
 WITHOUT = {

@@ -114,14 +114,14 @@ class SocketFile:
         self._lock = -1
         self._identity = (0, 0)
 
-    def create(self, mode: int, group: int | None) -> socket.socket:
+    def create(self, mode: int, group: int | None, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """The listening socket, which is the caller's. Raises EndpointError."""
         if len(os.fsencode(self._path)) > _LONGEST_PATH:
             raise EndpointError(f"{self._path}: too long for a socket, at most {_LONGEST_PATH} bytes")
         try:
             self._claim()
             self._clear()
-            return self._bind(mode, group)
+            return self._bind(mode, group, kind)
         except (OSError, EndpointError) as error:
             self._release()
             reason = f"{self._path}: {error.strerror}" if isinstance(error, OSError) else str(error)
@@ -157,9 +157,9 @@ class SocketFile:
                 raise EndpointError(f"{self._path}: another process listens on it")
         self._path.unlink()
 
-    def _bind(self, mode: int, group: int | None) -> socket.socket:
+    def _bind(self, mode: int, group: int | None, kind: int) -> socket.socket:
         """Nobody but us can connect before group and mode are what was asked for."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_UNIX, kind)
         before = os.umask(0o177)
         try:
             sock.bind(bytes(self._path))

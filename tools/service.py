@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import grp
 import json
 import logging
@@ -15,7 +16,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 from vhostuser.backend import Backend
 from vhostuser.dataplane import new_event_loop
 from vhostuser.device import Device
-from vhostuser.tools.endpoint import Endpoint, EndpointError, inherited, listen, passed, passed_fds
+from vhostuser.tools.endpoint import Endpoint, EndpointError, SocketFile, inherited, listen, passed, passed_fds
 
 log = logging.getLogger("vhostuser")
 
@@ -94,6 +95,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--uffd-fd", metavar="N", type=number(0, _MOST_FDS), default=-1, help="inherited /dev/userfaultfd"
     )
+    parser.add_argument("--wake-socket", metavar="PATH", help="Unix socket for the wake channel of postcopy")
     parser.add_argument("--mem-slots", metavar="N", type=number(0, 509), default=509, help="0: whole tables only")
 
 
@@ -101,6 +103,8 @@ def check_options(parser: Parser, options: argparse.Namespace, environ: MutableM
     """The rules between options; a usage error where one is broken."""
     if options.connect and options.socket_path is None:
         parser.error("--connect needs --socket-path")
+    if options.wake_socket is not None and options.wake_socket == options.socket_path:
+        parser.error("--wake-socket is a socket of its own: choose another path than --socket-path")
     if options.socket_path is None and options.fd is None and not passed_fds(environ):
         parser.error("one of --socket-path and --fd is needed")
 
@@ -117,6 +121,23 @@ def open_endpoint(options: argparse.Namespace, environ: MutableMapping[str, str]
         return listen(options.socket_path, mode=options.socket_mode, group=options.socket_group)
     except EndpointError as error:
         raise Failure(str(error)) from None
+
+
+@contextlib.contextmanager
+def wake_listener(options: argparse.Namespace) -> Iterator[socket.socket | None]:
+    """The socket that --wake-socket asks for, if it does, with the main socket's permissions. Raises Failure."""
+    if options.wake_socket is None:
+        yield None
+        return
+    file = SocketFile(options.wake_socket)
+    try:
+        listener = file.create(options.socket_mode, options.socket_group, socket.SOCK_SEQPACKET)
+    except EndpointError as error:
+        raise Failure(str(error)) from None
+    try:
+        yield listener
+    finally:
+        file.remove()
 
 
 # ---- logs and readiness
@@ -181,7 +202,7 @@ def serve(
         loop = new_event_loop()
         asyncio.set_event_loop(loop)
         loop.run_until_complete(
-            _Service(parser.prog, options, device).serve(partial(beside, device) if beside else None)
+            _Service(parser.prog, options, device).serve(*([partial(beside, device)] if beside else []))
         )
     except Failure as failure:
         print(f"{parser.prog}: {failure}", file=sys.stderr)
@@ -212,7 +233,7 @@ class _Service:
         self._device = device
         self._stop = asyncio.Event()
 
-    async def serve(self, beside: Beside | None) -> None:
+    async def serve(self, *beside: Beside) -> None:
         loop = asyncio.get_running_loop()
         for end in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(end, self._stop.set)
@@ -220,10 +241,13 @@ class _Service:
         endpoint = open_endpoint(self._options, os.environ)
         try:
             _log_to_stderr(self._program, endpoint.name, self._options.log_level)
-            backend = self._backend(endpoint)
-            loop.add_signal_handler(signal.SIGUSR1, self._dump, backend)
-            notify("READY=1", os.environ)
-            await self._attend(endpoint, backend, beside)
+            with wake_listener(self._options) as wake_socket:
+                backend = self._backend(endpoint)
+                if wake_socket is not None:
+                    beside = (*beside, partial(backend.wakes.listen, wake_socket))
+                loop.add_signal_handler(signal.SIGUSR1, self._dump, backend)
+                notify("READY=1", os.environ)
+                await self._attend(endpoint, backend, beside)
         finally:
             endpoint.close()
 
@@ -237,13 +261,13 @@ class _Service:
             mem_slots=options.mem_slots,
         )
 
-    async def _attend(self, endpoint: Endpoint, backend: Backend, beside: Beside | None) -> None:
+    async def _attend(self, endpoint: Endpoint, backend: Backend, beside: Sequence[Beside]) -> None:
         """Until the last front-end has gone, or the stop, which does not wait longer than the patience."""
         attending = asyncio.ensure_future(endpoint.attend(backend, once=self._options.once))
         stopped = asyncio.ensure_future(self._stop.wait())
-        helper = asyncio.ensure_future(beside()) if beside is not None else None
+        helpers = [asyncio.ensure_future(helper()) for helper in beside]
         await asyncio.wait((attending, stopped), return_when=asyncio.FIRST_COMPLETED)
-        if helper is not None:
+        for helper in helpers:
             helper.cancel()
         if attending.done():
             attending.result()

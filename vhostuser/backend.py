@@ -15,8 +15,10 @@ from pathlib import Path
 from vhostuser.connection import Connection
 from vhostuser.device import Device
 from vhostuser.postcopy import Postcopy
+from vhostuser.protocol import Wake, WakeAck, WakeStatus
 from vhostuser.record import MemoryRecord
 from vhostuser.uffd import NotPermitted, TouchPool, Userfaultfd
+from vhostuser.wake_service import WakeService
 
 log = logging.getLogger("vhostuser")
 
@@ -61,6 +63,8 @@ class Backend:
         self.connections: list[Connection] = []
         """The front-ends that are served now."""
         self._postcopy = postcopy and connections == 1 and self._permitted()
+        self.wakes = WakeService(self._wake)
+        """The wake channel: ``wakes.listen(sock)`` serves it beside ``listen``, ``connect`` or ``serve``."""
 
     def _permitted(self) -> bool:
         try:
@@ -135,12 +139,19 @@ class Backend:
         half = Postcopy(self._pool, device_fd=self._uffd_device) if self._postcopy else None
         return Connection(sock, device, name=name, postcopy=half, record=self._record, mem_slots=self._mem_slots)
 
+    def _wake(self, wake: Wake) -> WakeAck:
+        # There is one connection at most where PAGEFAULT is offered.
+        if self._postcopy and self.connections:
+            return self.connections[0].wake(wake)
+        return WakeAck(wake.id, 0, WakeStatus.NO_POSTCOPY)
+
     def state(self) -> dict[str, object]:
         """The state of everything: JSON-able values; for SIGUSR1."""
         return {
             "postcopy_offered": self._postcopy,
             "connections": [connection.state() for connection in self.connections],
             "faults": self._pool.state(),
+            "wakes": self.wakes.state(),
         }
 
 

@@ -48,6 +48,8 @@ from vhostuser.protocol import (
     VringAddress,
     VringFd,
     VringState,
+    Wake,
+    WakeAck,
     feature_names,
     protocol_feature_names,
 )
@@ -371,6 +373,10 @@ class Connection:
         # No page is missing any more: rings go on without fault-ahead.
         async with self._life.halted():
             pass
+
+    def wake(self, wake: Wake) -> WakeAck:
+        """Fulfils a message of the wake channel, which is a socket beside this connection's."""
+        return self._regions.wake(wake)
 
     # ---- the back-end channel
 

@@ -10,8 +10,8 @@ what it writes into messages) and *host* (ours).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 from vhostuser._native import ffi, lib
 from vhostuser.protocol import RequestRefused, VhostUserError
@@ -54,6 +54,15 @@ class Described(Protocol):
     def user(self) -> int: ...
     @property
     def offset(self) -> int: ...
+
+
+class HostPages(NamedTuple):
+    """Whole pages of one region that hold a part of a guest range; in bytes."""
+
+    host: int
+    length: int
+    inside: int
+    """Of ``length``, what lies within the range."""
 
 
 def explain(code: int) -> str:
@@ -126,6 +135,16 @@ class Region:
     def no_huge(self) -> None:
         """Empties our page table of it and forbids transparent huge pages, as userfaultfd needs. The file stays."""
         _check(lib.vu_region_no_huge(self.native))
+
+    def pages(self, guest: int, length: int) -> HostPages | None:
+        """Our pages that hold bytes of this guest range; None if none of it is here."""
+        first, end = max(guest, self.guest), min(guest + length, self.guest + self.size)
+        if first >= end:
+            return None
+        inside = self.host + first - self.guest - self.base
+        start = inside - inside % self.page_size
+        stop = -(-(inside + end - first) // self.page_size) * self.page_size
+        return HostPages(self.base + start, stop - start, end - first)
 
     def same(self, description: Described, fd: int) -> bool:
         """Whether a front-end that says this, with this descriptor, means this very region."""
@@ -217,6 +236,10 @@ class GuestMemory:
             if region.guest <= guest < region.guest + region.size:
                 return region.user + guest - region.guest
         return _mapped(0, guest, "guest")
+
+    def guest_to_pages(self, guest: int, length: int) -> Iterator[HostPages]:
+        """Our pages that hold bytes of a guest range of any length, for each region that it meets; no LookupError."""
+        return (pages for region in self.regions if (pages := region.pages(guest, length)))
 
     # ---- copies; they touch guest memory and may block, so never on the control thread
 

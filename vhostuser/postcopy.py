@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from vhostuser.memory import GuestMemory, MemoryLost, Region
-from vhostuser.protocol import RequestRefused
+from vhostuser.protocol import RequestRefused, WakeRange
 from vhostuser.uffd import NotPermitted, TouchPool, Userfaultfd
 
 
@@ -77,6 +77,20 @@ class Postcopy:
         """
         region.revoke()
         self._shared().unregister(region.base, region.length)
+
+    def wake(self, memory: GuestMemory, ranges: Iterable[WakeRange]) -> int:
+        """Whoever waits in these guest ranges looks again: the wake channel's way. Only while ``active``.
+
+        Returns the bytes of them that are mapped, each range for itself. Where nobody watches nobody waits either, so a
+        region that is not registered yet, or no longer, counts as any other.
+        """
+        uffd = self._shared()
+        issued = 0
+        for one in ranges:
+            for pages in memory.guest_to_pages(*one):
+                uffd.wake(pages.host, pages.length)
+                issued += pages.inside
+        return issued
 
     def end(self, memory: GuestMemory) -> None:
         """Every page has arrived. What was never sent is a hole for good and reads as zeros. Again: nothing.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from vhostuser.channel import Fds
 from vhostuser.memory import GuestMemory, MemoryLost, Region
 from vhostuser.postcopy import Postcopy
-from vhostuser.protocol import MemoryRegion, RequestRefused
+from vhostuser.protocol import MemoryRegion, RequestRefused, Wake, WakeAck, WakeStatus
 from vhostuser.record import MemoryRecord
 from vhostuser.uffd import TouchPool
 
@@ -113,6 +113,12 @@ class Regions:
         """The front-end knows where new regions are. QEMU says so again when a guest reboots, with nothing new."""
         self._half().register(self._unregistered)
         self._unregistered = []
+
+    def wake(self, wake: Wake) -> WakeAck:
+        """What the wake channel asks for: whoever waits looks again; outside of postcopy nobody does."""
+        if self._postcopy is None or not self._postcopy.active:
+            return WakeAck(wake.id, 0, WakeStatus.NO_POSTCOPY)
+        return WakeAck(wake.id, self._postcopy.wake(self.memory, wake.ranges))
 
     def end(self) -> None:
         """No page is missing any more. Wakes whoever still waits, so it comes before anything waits for them.

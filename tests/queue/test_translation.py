@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 
@@ -57,6 +58,30 @@ def test_translation_is_what_a_linear_search_finds(file: int, parts: list[Memory
         assert [translated(memory.user_to_host, address)] == (expected or [None])
         guests = [region.guest + inside for region, inside in found.items()]
         assert [translated(memory.user_to_guest, address)] == (guests or [None])
+
+
+@given(parts=st.lists(descriptions, max_size=6), asked=st.tuples(starts, st.sampled_from([0, 1, 0x900, 0x8001, TOP])))
+def test_the_pages_of_a_range_are_those_of_its_bytes(
+    file: int, parts: list[MemoryRegion], asked: tuple[int, int]
+) -> None:
+    """All of them, whole, in each region, and none that holds no byte of the range."""
+    regions: list[Region] = []
+    for part in parts:
+        if max(part.guest, part.user) + part.size < TOP:
+            with contextlib.suppress(RequestRefused):  # overlaps another
+                regions = list(GuestMemory([*regions, Region.map(file, part)]).regions)
+    guest, length = asked
+    expected: dict[Region, set[int]] = {}
+    for region in regions:
+        inside = [byte for byte in range(region.size) if guest <= region.guest + byte < guest + length]
+        if inside:
+            expected[region] = {(region.host + byte) // PAGE for byte in inside}
+    found = list(GuestMemory(regions).guest_to_pages(guest, length))
+    assert [set(range(one.host // PAGE, (one.host + one.length) // PAGE)) for one in found] == list(expected.values())
+    assert all(one.host % PAGE == one.length % PAGE == 0 for one in found)
+    assert sum(one.inside for one in found) == sum(
+        guest <= region.guest + byte < guest + length for region in regions for byte in range(region.size)
+    )
 
 
 def translated(translate: Callable[[int], int], address: int) -> int | None:
