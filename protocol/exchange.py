@@ -253,6 +253,10 @@ class Client:
         """Bytes to read next, at most."""
         return self._reader.wanted
 
+    def replies(self, code: Code) -> bool:
+        """Does a request of this code have a reply of its own now, whatever need_reply says?"""
+        return bool(self._state.row(self._rows[code]).reply)
+
     def request(
         self,
         code: Code,

@@ -10,8 +10,8 @@ import pytest
 from vhostuser.backend import Backend
 from vhostuser.dataplane import new_event_loop
 from vhostuser.device import Device
+from vhostuser.driverqueue import DriverQueue
 from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
-from vhostuser.virtqueue import DriverQueue
 
 MIB = 1 << 20
 

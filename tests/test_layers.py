@@ -11,6 +11,7 @@ NO_IO = {"os", "socket", "asyncio", "mmap", "select", "threading", "uvloop"}
 # module -> the modules of the project that it may import; a name stands for everything below it too.
 RUNTIME = {"protocol", "_native", "memory", "virtqueue", "uffd"}
 RUNTIME |= {"postcopy", "record", "channel", "device", "dataplane", "ring"}
+FRONT = {"frontend_memory", "frontend_ring", "frontend_requests"}
 ALLOWED = {
     "memory": {"protocol", "_native"},
     "virtqueue": {"protocol", "_native", "memory", "uffd"},
@@ -29,12 +30,22 @@ ALLOWED = {
     "backend": RUNTIME | {"connection", "wake_service"},
     "wake": {"protocol", "channel"},
     "wake_service": {"protocol"},
-    "frontend": {"protocol", "channel", "memory", "virtqueue"},
+    "driverqueue": {"protocol", "_native", "memory"},
+    "frontend_memory": {"protocol", "memory"},
+    "frontend_ring": {"protocol", "channel", "driverqueue"},
+    "raw": {"protocol", "channel"},
+    "frontend_requests": {"protocol", "channel", "raw"},
+    "frontend_calls": {"protocol", "channel"} | FRONT,
+    "frontend_channel": {"protocol", "channel"},
+    "frontend_postcopy": {"protocol", "frontend_calls"} | FRONT,
+    "frontend": {"protocol", "raw", "frontend_calls", "frontend_channel", "frontend_postcopy"} | FRONT,
 }
 WITHOUT = {
     "memory": {"asyncio", "socket"},
     "virtqueue": {"asyncio", "socket"},
     "uffd": {"asyncio", "socket"},
+    "driverqueue": {"asyncio", "socket"},
+    "frontend_memory": {"asyncio", "socket"},
 }
 
 
@@ -78,6 +89,11 @@ def test_every_module_has_a_layer() -> None:
 def test_devices_know_only_the_device_contract(path: Path) -> None:
     assert ours(path) <= {"device", "devices", "protocol", "virtqueue", "_native"}
     assert not {name for name in imports(path) if name.startswith(("vhostuser.protocol.session", "vhostuser.channel"))}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/testing").glob("*.py")), ids=lambda path: path.name)
+def test_the_test_kit_knows_no_tools(path: Path) -> None:
+    assert not ours(path) & {"tools", "conformance"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/native").glob("*.[ch]")), ids=lambda path: path.name)

@@ -36,6 +36,7 @@ class Lib:
     VU_E_FILE: Final[int]
     VU_REGION_AT_USER: Final[int]
     VU_REGION_HIDDEN: Final[int]
+    VU_REGION_OWN: Final[int]
     VU_RING_EVENT_IDX: Final[int]
     VU_RING_INDIRECT: Final[int]
     VU_RING_PACKED: Final[int]

@@ -1,224 +1,171 @@
-"""Frontend: drives a back-end over a socket, one awaitable call for every request.
+"""Frontend: drives a back-end over a socket: connecting or listening, and whole procedures made of typed calls.
 
-What belongs here: calls, the front-end's guest memory, bringing rings up and down. What does not: what is legal
-(``protocol.session``), what is inside a ring (``virtqueue.DriverQueue``).
+What belongs here: what takes more than one message. What does not: single requests (``frontend_calls``), pairing
+answers (``frontend_requests``), what is legal (``protocol.session``), guest memory (``frontend_memory``), rings
+(``frontend_ring``), postcopy (``frontend_postcopy``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import socket
-from collections.abc import Sequence
-from types import TracebackType
+from pathlib import Path
 from typing import Self
 
-from vhostuser.channel import Channel, Fds, readable
-from vhostuser.memory import GuestMemory, Region
-from vhostuser.protocol import (
-    FRONTEND,
-    U64,
-    Answer,
-    FrontendRequest,
-    FrontendSession,
-    MemoryRegion,
-    MemoryTable,
-    Payload,
-    ProtocolFeature,
-    RemoteProtocolError,
-    RequestRefused,
-    VringAddress,
-    VringFd,
-    VringState,
-)
-from vhostuser.virtqueue import DriverQueue
+from vhostuser.frontend_calls import Calls
+from vhostuser.frontend_channel import Answerer, BackendEvent, BackendRequests, config_changes_only
+from vhostuser.frontend_memory import SharedLog, SharedMemory, SharedRegion
+from vhostuser.frontend_postcopy import ClientRegion, PostcopyClient
+from vhostuser.frontend_requests import ReplyTimeout
+from vhostuser.frontend_ring import FrontendRing, InflightBuffer, InflightQueue
+from vhostuser.protocol import VirtioFeature
+from vhostuser.raw import RawMessage
+
+__all__ = [
+    "Answerer",
+    "BackendEvent",
+    "BackendRequests",
+    "ClientRegion",
+    "Frontend",
+    "FrontendRing",
+    "InflightBuffer",
+    "InflightQueue",
+    "Listener",
+    "PostcopyClient",
+    "RawMessage",
+    "ReplyTimeout",
+    "SharedLog",
+    "SharedMemory",
+    "SharedRegion",
+]
 
 
-class SharedMemory:
-    """Guest memory of a front-end: one memfd a region, mapped here too. Owns the descriptors.
-
-    regions: (guest address, bytes) of each. hugetlb: back them with 2 MiB pages. ``map`` is our own view, whose user
-    addresses are our own addresses, as with QEMU.
-    """
-
-    def __init__(self, *regions: tuple[int, int], hugetlb: bool = False) -> None:
-        self.fds: list[int] = []
-        mapped = []
-        for guest, size in regions:
-            fd = os.memfd_create(f"guest {guest:#x}", os.MFD_CLOEXEC | (os.MFD_HUGETLB if hugetlb else 0))
-            self.fds.append(fd)
-            os.truncate(fd, size)
-            mapped.append(Region.map(fd, MemoryRegion(guest, size, 0, 0)))
-        self.map = GuestMemory(tuple(mapped))
-
-    def table(self) -> MemoryTable:
-        """What SET_MEM_TABLE says of it."""
-        return MemoryTable(tuple(MemoryRegion(r.guest, r.size, r.host, r.offset) for r in self.map.regions))
-
-    def close(self) -> None:
-        """Closes the descriptors; mappings go with the last reference."""
-        while self.fds:
-            os.close(self.fds.pop())
-
-
-class FrontendRing:
-    """One ring on the front-end's side: its driver queue and eventfds, which it owns."""
-
-    def __init__(self, index: int, queue: DriverQueue) -> None:
-        self.index = index
-        self.queue = queue
-        self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.err_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def kick(self) -> None:
-        """Notifies the back-end."""
-        os.eventfd_write(self.kick_fd, 1)
-
-    async def called(self) -> None:
-        """Waits for the back-end's notification."""
-        await readable(self.call_fd)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self.call_fd)
-
-    async def broken(self) -> None:
-        """Waits until the back-end says that the ring is broken."""
-        await readable(self.err_fd)
-
-    def close(self) -> None:
-        for fd in (self.kick_fd, self.call_fd, self.err_fd):
-            os.close(fd)
-
-
-class Frontend:
+class Frontend(Calls):
     """The front-end's end of one connection; owns the socket. All methods belong to the loop's thread.
 
-    Requests may be issued by several tasks; they are sent in the order of the calls and answers are paired in that
-    order.
+    Requests may be made by several tasks; they are sent in the order of the calls and answers are paired in that order.
+    ``backend`` serves the back-end's own requests, once ``serve_backend`` was called.
     """
 
-    def __init__(self, sock: socket.socket, queue_count: int = 256) -> None:
-        self.session = FrontendSession(queue_count)
-        self._channel = Channel(sock)
-        self._turn = asyncio.Lock()
+    backend: BackendRequests | None = None
 
     @classmethod
-    async def connect(cls, path: str) -> Self:
+    async def connect(cls, path: str | Path) -> Self:
         """Connects to a back-end that listens. Raises OSError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
-            await asyncio.get_running_loop().sock_connect(sock, path)
+            await asyncio.get_running_loop().sock_connect(sock, str(path))
+            return cls(sock)
         except OSError:
             sock.close()
             raise
-        return cls(sock)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    @staticmethod
+    def listen(path: str | Path) -> Listener:
+        """Waits for back-ends that connect. Raises OSError if the path is taken."""
+        return Listener(path)
 
     def close(self) -> None:
-        """Closes the connection; the back-end sees the end of the stream."""
-        self._channel.close()
-
-    # ---- requests
-
-    async def request(
-        self,
-        code: FrontendRequest,
-        payload: Payload | None = None,
-        fds: Sequence[int] = (),
-        *,
-        need_reply: bool | None = None,
-    ) -> tuple[Payload | None, Fds]:
-        """Sends a request and waits for its answer, if one comes: its payload and descriptors, which are then the
-        caller's.
-
-        need_reply: ask for an acknowledgement; None: wherever REPLY_ACK was negotiated and the message has no reply
-        of its own (libvhost-user answers those with wrong flags when asked for both). Raises RequestRefused when
-        the back-end says no, RemoteProtocolError when it breaks the protocol or closes, LocalProtocolError when the
-        request is not allowed now.
-        """
-        async with self._turn:
-            if need_reply is None:
-                need_reply = self.session.has(ProtocolFeature.REPLY_ACK) and not FRONTEND[code].reply
-            outgoing = self.session.request(code, payload, fds, need_reply)
-            await self._channel.send(outgoing.data, outgoing.fds)
-            if not self.session.outstanding:
-                return None, Fds()
-            answer, came = await self._answer(code)
-        if answer.refused:
-            came.close()
-            raise RequestRefused(f"the back-end refused {code.name}")
-        return answer.payload, came
-
-    async def _answer(self, code: FrontendRequest) -> tuple[Answer, Fds]:
-        first: Fds | None = None
-        while True:
-            data, came = await self._channel.receive(self.session.wanted)
-            if not data:
-                raise RemoteProtocolError(code, "the back-end closed the connection")
-            first = came if first is None else first
-            try:
-                answer = self.session.receive(data, came)
-            except BaseException:
-                came.close()
-                first.close()
-                raise
-            if answer is not None:
-                return answer, first
-
-    async def send_raw(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
-        """Sends any bytes and descriptors; the session knows nothing of it."""
-        await self._channel.send(data, fds)
-
-    async def receive_raw(self, count: int) -> tuple[bytes, Fds]:
-        """Up to ``count`` bytes and what came with them; no bytes at the end of the stream."""
-        return await self._channel.receive(count)
-
-    async def get(self, code: FrontendRequest) -> int:
-        """The u64 of a request that asks for one."""
-        payload, _ = await self.request(code)
-        assert isinstance(payload, U64)
-        return payload.value
+        """Closes the connection and the back-end's channel; the back-end sees the end of both streams."""
+        if self.backend is not None:
+            self.backend.close()
+        super().close()
 
     # ---- whole procedures
 
     async def negotiate(self, features: int = ~0, protocol_features: int = ~0) -> None:
         """Takes what the back-end offers of ``features`` and ``protocol_features``, and becomes the owner."""
-        offered = await self.get(FrontendRequest.GET_FEATURES)
-        if offered & features & 1 << 30:
-            extensions = await self.get(FrontendRequest.GET_PROTOCOL_FEATURES)
-            await self.request(FrontendRequest.SET_PROTOCOL_FEATURES, U64(extensions & protocol_features))
-        await self.request(FrontendRequest.SET_OWNER)
-        await self.request(FrontendRequest.SET_FEATURES, U64(offered & features))
+        offered = await self.get_features()
+        if offered & features & VirtioFeature.PROTOCOL_FEATURES.mask:
+            await self.set_protocol_features(await self.get_protocol_features() & protocol_features)
+        await self.set_owner()
+        await self.set_features(offered & features)
 
-    async def set_memory(self, memory: SharedMemory) -> None:
-        """Makes ``memory`` the whole of guest memory."""
-        await self.request(FrontendRequest.SET_MEM_TABLE, memory.table(), memory.fds)
+    async def serve_backend(self, answer: Answerer = config_changes_only) -> BackendRequests:
+        """Gives the back-end a channel for its own requests and serves it, instead of one given before.
 
-    async def start_ring(self, ring: FrontendRing, memory: SharedMemory, *, base: int = 0, enable: bool = True) -> None:
-        """Sets the ring up, gives its eventfds and enables it; it starts at the first kick."""
+        answer: decides what is accepted. Raises as a request; LocalProtocolError without BACKEND_REQ.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            try:
+                await self.set_backend_req_fd(theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+        if self.backend is not None:
+            self.backend.close()
+        self.backend = BackendRequests(ours, self.session.channel(), answer)
+        return self.backend
+
+    async def set_memory(self, memory: SharedMemory, *, by_slots: bool = False) -> None:
+        """Makes ``memory`` the whole of guest memory, as one table or (``by_slots``) by adding region after region."""
+        if not by_slots:
+            await self.set_mem_table(memory)
+            return
+        for region in memory.regions:
+            await self.add_mem_reg(region)
+
+    async def start_ring(
+        self,
+        ring: FrontendRing,
+        memory: SharedMemory,
+        *,
+        base: int = 0,
+        enable: bool = True,
+        polled: bool = False,
+        log_used: bool = False,
+    ) -> None:
+        """Sets the ring up, gives its eventfds and enables it; it starts at the first kick.
+
+        base: where to go on, from ``stop_ring``. polled: without a kick descriptor; it starts at once. log_used: writes
+        to the used ring are marked in the dirty log.
+        """
         queue, index = ring.queue, ring.index
         user = memory.map.guest_to_host
-        address = VringAddress(index, 0, user(queue.desc), user(queue.used), user(queue.avail), 0)
-        await self.request(FrontendRequest.SET_VRING_NUM, VringState(index, queue.size))
-        await self.request(FrontendRequest.SET_VRING_BASE, VringState(index, base))
-        await self.request(FrontendRequest.SET_VRING_ADDR, address)
-        await self.request(FrontendRequest.SET_VRING_ERR, VringFd(index), (ring.err_fd,))
-        await self.request(FrontendRequest.SET_VRING_CALL, VringFd(index), (ring.call_fd,))
-        await self.request(FrontendRequest.SET_VRING_KICK, VringFd(index), (ring.kick_fd,))
-        if enable:
-            await self.request(FrontendRequest.SET_VRING_ENABLE, VringState(index, 1))
+        log = queue.used if log_used else None
+        await self.set_vring_num(index, queue.size)
+        await self.set_vring_base(index, base)
+        await self.set_vring_addr(index, desc=user(queue.desc), avail=user(queue.avail), used=user(queue.used), log=log)
+        await self.set_vring_err(index, ring.err_fd)
+        await self.set_vring_call(index, ring.call_fd)
+        await self.set_vring_kick(index, None if polled else ring.kick_fd)
+        if enable and self.session.has(VirtioFeature.PROTOCOL_FEATURES):
+            await self.set_vring_enable(index, True)
 
     async def stop_ring(self, ring: FrontendRing) -> int:
         """Stops the ring; the base to start it with again."""
-        payload, _ = await self.request(FrontendRequest.GET_VRING_BASE, VringState(ring.index))
-        assert isinstance(payload, VringState)
-        return payload.num
+        return await self.get_vring_base(ring.index)
+
+
+class Listener:
+    """A socket on which back-ends connect. Owns it and its path, which is removed at the end."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.setblocking(False)
+            self._socket.bind(str(self.path))
+            self._socket.listen()
+        except OSError:
+            self._socket.close()
+            raise
+
+    async def accept(self) -> Frontend:
+        """The next back-end that connects. Raises OSError."""
+        sock, _ = await asyncio.get_running_loop().sock_accept(self._socket)
+        return Frontend(sock)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops listening; what was accepted stays. Again: nothing."""
+        if self._socket.fileno() >= 0:
+            self._socket.close()
+            self.path.unlink(missing_ok=True)

@@ -100,13 +100,15 @@ class Region:
     native: Any
 
     @classmethod
-    def map(cls, fd: int, description: Described, *, at_user: bool = False, hidden: bool = False) -> Self:
+    def map(
+        cls, fd: int, description: Described, *, at_user: bool = False, hidden: bool = False, own: bool = False
+    ) -> Self:
         """Maps a region; the caller keeps ``fd``. Touches nothing.
 
         at_user: at the front-end's own address, if that range is free here. hidden: inaccessible until ``reveal``.
-        Raises RequestRefused.
+        own: we are the front-end, so that ``user`` becomes our address. Raises RequestRefused.
         """
-        flags = at_user * lib.VU_REGION_AT_USER | hidden * lib.VU_REGION_HIDDEN
+        flags = at_user * lib.VU_REGION_AT_USER | hidden * lib.VU_REGION_HIDDEN | own * lib.VU_REGION_OWN
         error = ffi.new("int *")
         asked = description
         native = lib.vu_region_map(fd, asked.guest, asked.size, asked.user, asked.offset, flags, error)

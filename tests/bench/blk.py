@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from vhostuser._native import ffi, lib  # noqa: E402
+from vhostuser.driverqueue import DriverQueue  # noqa: E402
 from vhostuser.frontend import Frontend, FrontendRing, SharedMemory  # noqa: E402
-from vhostuser.virtqueue import DriverQueue  # noqa: E402
 
 IMAGE = 64 << 20
 BLOCK = 4096

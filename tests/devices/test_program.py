@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
+from vhostuser.driverqueue import DriverQueue
 from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
 from vhostuser.protocol import FrontendRequest, PostcopyAck, ProtocolFeature
-from vhostuser.virtqueue import DriverQueue
 
 COMMAND = [sys.executable, "-m", "vhostuser.tools.blk"]
 LOG_ALL = 1 << 26

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from vhostuser._native import lib
+from vhostuser.driverqueue import DriverQueue
 from vhostuser.memory import GuestMemory, MemoryLost, Region
 from vhostuser.protocol import MemoryRegion, QueueBroken, RequestRefused
 from vhostuser.uffd import TouchPool, Userfaultfd
-from vhostuser.virtqueue import DeviceQueue, DriverQueue, RingSetup
+from vhostuser.virtqueue import DeviceQueue, RingSetup
 
 PAGE = 4096
 RING, TABLES, DATA = 0, 8, 32

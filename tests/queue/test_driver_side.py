@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.queue import model
 from tests.queue.guest import ALL, EVENT_IDX, Guest, Ring
 from vhostuser._native import lib
+from vhostuser.driverqueue import DriverQueue
 from vhostuser.memory import MemoryLost
 from vhostuser.protocol import QueueBroken
-from vhostuser.virtqueue import DriverQueue
 
 MIB = 1 << 20
 DATA = 1 << 32

@@ -13,6 +13,7 @@ import threading
 
 from tests.conftest import MIB, Pair
 from vhostuser.device import Device
+from vhostuser.driverqueue import DriverQueue
 from vhostuser.frontend import FrontendRing, SharedMemory
 from vhostuser.memory import Region
 from vhostuser.protocol import (
@@ -25,7 +26,7 @@ from vhostuser.protocol import (
     VirtioFeature,
 )
 from vhostuser.uffd import Userfaultfd
-from vhostuser.virtqueue import DriverQueue, Request
+from vhostuser.virtqueue import Request
 
 PAGE = 4096
 SIZE = 4 * MIB

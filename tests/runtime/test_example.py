@@ -13,9 +13,9 @@ from types import ModuleType
 import pytest
 
 import vhostuser.backend
+import vhostuser.driverqueue
 import vhostuser.frontend
 import vhostuser.protocol
-import vhostuser.virtqueue
 from tests.conftest import Pair
 from tests.runtime.test_lifecycle import DATA, next_used
 
@@ -101,7 +101,7 @@ async def test_the_snippet_for_testers_runs(ramdisk: ModuleType) -> None:
     snippet = page[page.index("## Testing without") :].split("```python\n")[1].split("```")[0]
     body = "".join(f"    {line}\n" for line in snippet.splitlines())
     names = {"asyncio": asyncio, "socket": socket, "struct": struct, "RamDisk": ramdisk.RamDisk}
-    for module in (vhostuser.backend, vhostuser.frontend, vhostuser.virtqueue, vhostuser.protocol):
+    for module in (vhostuser.backend, vhostuser.driverqueue, vhostuser.frontend, vhostuser.protocol):
         names |= vars(module)
     exec(f"async def run():\n{body}    await serving\n    ring.close()\n    memory.close()\n", names)
     await asyncio.wait_for(names["run"](), 10)  # type: ignore[operator]

@@ -154,6 +154,8 @@ static int map_region(vu_region *region, int fd, const struct window *window, in
     region->info.base = (uint64_t)at;
     region->info.length = window->length;
     region->info.host = (uint64_t)at + window->before;
+    if (flags & VU_REGION_OWN)
+        region->info.user = region->info.host;
     return 0;
 }
 
