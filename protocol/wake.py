@@ -229,7 +229,8 @@ class WakeClient:
     """The front-end's end of one channel: begin with ``WakeHello()``."""
 
     def __init__(self) -> None:
-        self._most = 0
+        self.ranges = 0
+        """How many the back-end takes in a message; 0 until its HELLO has come."""
         self._id = 0
         self._waiting: deque[Wake] = deque()
 
@@ -239,11 +240,11 @@ class WakeClient:
         Each counts as sent when it is taken. Raises LocalProtocolError before the back-end's HELLO was received, and
         for a range that does not fit into the address space.
         """
-        if not self._most:
+        if not self.ranges:
             raise LocalProtocolError(None, "wake channel: the back-end has not said HELLO yet")
         rest = [_checked(*one) for one in ranges]
         while rest:
-            batch, rest = rest[: self._most], rest[self._most :]
+            batch, rest = rest[: self.ranges], rest[self.ranges :]
             self._id += 1
             self._waiting.append(Wake(self._id, tuple(batch)))
             yield self._waiting[-1]
@@ -254,8 +255,8 @@ class WakeClient:
         Raises RemoteProtocolError, and then there is nothing to send: close.
         """
         match unpack_wake(datagram):
-            case WakeHello(version, ranges) if not self._most and version <= WAKE_VERSION and ranges:
-                self._most = min(ranges, WAKE_MAX_RANGES)
+            case WakeHello(version, ranges) if not self.ranges and version <= WAKE_VERSION and ranges:
+                self.ranges = min(ranges, WAKE_MAX_RANGES)
                 return None
             case WakeAck() as ack if self._waiting and self._acknowledges(ack, self._waiting[0]):
                 self._waiting.popleft()

@@ -10,7 +10,9 @@ what it writes into messages) and *host* (ours).
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, Self
 
 from vhostuser._native import ffi, lib
@@ -138,15 +140,13 @@ class Region:
         """Empties our page table of it and forbids transparent huge pages, as userfaultfd needs. The file stays."""
         _check(lib.vu_region_no_huge(self.native))
 
-    def pages(self, guest: int, length: int) -> HostPages | None:
-        """Our pages that hold bytes of this guest range; None if none of it is here."""
+    def pages(self, guest: int, length: int) -> HostPages:
+        """Our pages that hold bytes of this guest range, at least one of which is in the region."""
         first, end = max(guest, self.guest), min(guest + length, self.guest + self.size)
-        if first >= end:
-            return None
-        inside = self.host + first - self.guest - self.base
-        start = inside - inside % self.page_size
-        stop = -(-(inside + end - first) // self.page_size) * self.page_size
-        return HostPages(self.base + start, stop - start, end - first)
+        start = first + self.host - self.guest
+        stop = end + self.host - self.guest
+        host = start - start % self.page_size
+        return HostPages(host, stop + -stop % self.page_size - host, end - first)
 
     def same(self, description: Described, fd: int) -> bool:
         """Whether a front-end that says this, with this descriptor, means this very region."""
@@ -171,13 +171,17 @@ class Region:
         return f"<Region guest {self.guest:#x} + {self.size:#x}, user {self.user:#x}, host {self.host:#x}>"
 
 
+_guest = attrgetter("guest")
+
+
 class GuestMemory:
     """An immutable set of regions; may be shared between threads. Raises RequestRefused for regions that overlap."""
 
-    __slots__ = ("native", "regions")
+    __slots__ = ("_by_guest", "native", "regions")
 
     def __init__(self, regions: Sequence[Region] = ()) -> None:
         self.regions = tuple(regions)
+        self._by_guest = sorted(self.regions, key=_guest)
         error = ffi.new("int *")
         native = lib.vu_map_new([region.native for region in self.regions], len(self.regions), error)
         if native == ffi.NULL:
@@ -241,7 +245,13 @@ class GuestMemory:
 
     def guest_to_pages(self, guest: int, length: int) -> Iterator[HostPages]:
         """Our pages that hold bytes of a guest range of any length, for each region that it meets; no LookupError."""
-        return (pages for region in self.regions if (pages := region.pages(guest, length)))
+        first = max(0, bisect_right(self._by_guest, guest, key=_guest) - 1)
+        for number in range(first, len(self._by_guest)):
+            region = self._by_guest[number]
+            if region.guest >= guest + length:
+                return
+            if guest < region.guest + region.size and length:
+                yield region.pages(guest, length)
 
     # ---- copies; they touch guest memory and may block, so never on the control thread
 

@@ -122,6 +122,11 @@ class BlockingWakeChannel:
         """The socket, which stays ours: for C code that sends and receives on it while nobody calls ``wake``."""
         return self._conversation.sock.fileno()
 
+    @property
+    def ranges(self) -> int:
+        """How many the back-end takes in a message, 0 before ``hello``; for C code, ``wake`` sees to it itself."""
+        return self._conversation.session.ranges
+
     def hello(self) -> None:
         """Begins; once. Raises as ``wake``."""
         with self._turn:

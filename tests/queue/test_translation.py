@@ -72,7 +72,7 @@ def test_the_pages_of_a_range_are_those_of_its_bytes(
                 regions = list(GuestMemory([*regions, Region.map(file, part)]).regions)
     guest, length = asked
     expected: dict[Region, set[int]] = {}
-    for region in regions:
+    for region in sorted(regions, key=lambda region: region.guest):
         inside = [byte for byte in range(region.size) if guest <= region.guest + byte < guest + length]
         if inside:
             expected[region] = {(region.host + byte) // PAGE for byte in inside}

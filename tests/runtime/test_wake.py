@@ -195,7 +195,7 @@ async def test_parts_that_are_not_mapped_are_left_out(migrations: Callable[..., 
     [
         (b"\2\0\0", WakeReason.MALFORMED),
         (Wake(1, (ONE_PAGE,)).pack() + b"\0", WakeReason.MALFORMED),
-        (bytes(WAKE_MAX_SIZE + 1), WakeReason.MALFORMED),
+        (Wake(1, (ONE_PAGE,) * WAKE_MAX_RANGES).pack() + b"\0", WakeReason.MALFORMED),
         (Wake(1, (ONE_PAGE,) * (WAKE_MAX_RANGES + 1)).pack(), WakeReason.COUNT),
         (Wake(1, (ONE_PAGE, WakeRange(1, (1 << 64) - 1), WakeRange(2, (1 << 64) - 1))).pack(), WakeReason.RANGE),
         (WakeHello().pack(), WakeReason.ORDER),
@@ -336,6 +336,21 @@ async def test_the_loss_of_the_back_end_is_told(last: bytes, blocking: bool) -> 
     theirs.close()  # with our HELLO unread
     with pytest.raises(RemoteProtocolError, match="wake channel"):
         await asyncio.to_thread(channel.wake, [(0, 1)]) if blocking else await channel.wake([(0, 1)])
+    channel.close()
+
+
+async def test_the_last_words_are_heard_of_a_back_end_that_left_messages_unread() -> None:
+    """Its end of the socket then resets ours, before what it said."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.send(WakeHello(1, 1).pack())
+    channel = WakeChannel(ours)
+    await channel.hello()
+    call = asyncio.ensure_future(channel.wake([(0, 1)]))
+    await asyncio.sleep(0)
+    theirs.send(WakeError(WakeReason.RANGE).pack())
+    theirs.close()
+    with pytest.raises(RemoteProtocolError, match="RANGE"):
+        await call
     channel.close()
 
 
