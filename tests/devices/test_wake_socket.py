@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from tests.devices.test_program import LOG_ALL, PATIENCE, Program, answers, front_end, run
+from vhostuser.driverqueue import DriverQueue
 from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
 from vhostuser.protocol import FrontendRequest, PostcopyAck, ProtocolFeature
 from vhostuser.uffd import Userfaultfd
-from vhostuser.virtqueue import DriverQueue
 from vhostuser.wake import BlockingWakeChannel, WakeChannel
 
 SECTORS = b"\5" * 8192
