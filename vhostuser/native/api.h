@@ -11,7 +11,8 @@
  *    (SIGBUS: the file was truncated) or revoked (SIGSEGV) and then returns VU_E_FAULT.
  *  - Functions return 0 or a count on success and a negative VU_E_ code on failure; functions that return
  *    a pointer return NULL and store the code in *error. VU_E_SYS means: see errno.
- *  - Locks: vu_touch holds the only one. Everything else is immutable, owned by one thread at a time, or atomic.
+ *  - Locks: vu_touch holds one and vu_pages the other, and no thread holds both. Everything else is immutable, owned by
+ *    one thread at a time, or atomic.
  */
 
 /* ---- error codes ------------------------------------------------------------------------------------- */
@@ -226,6 +227,8 @@ int64_t vu_uffd_zeropage(int uffd, uint64_t host, uint64_t length, int wake);
 int64_t vu_uffd_continue(int uffd, uint64_t host, uint64_t length, int wake);
 int64_t vu_uffd_poison(int uffd, uint64_t host, uint64_t length);
 int64_t vu_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t length, int wake);
+/* 0 once the process that opened it has ended or called exec, else 1. `host`: any address, nothing happens to it. */
+int vu_uffd_alive(int uffd, uint64_t host);
 /* Reads up to `max` fault addresses: the count, 0 if none is waiting. */
 int vu_uffd_read(int uffd, uint64_t *addresses, uint64_t *flags, uint32_t max);
 
@@ -257,6 +260,187 @@ int vu_ahead_submit(vu_queue *queue, vu_chain *chain, int alone);
 int vu_ahead_collect(vu_queue *queue, vu_chain **chains, uint32_t max);
 uint32_t vu_ahead_waiting(const vu_queue *queue); /* chains submitted and not yet collected */
 int vu_ahead_fd(const vu_queue *queue);           /* an eventfd, readable when collect has something; -1 without a pool */
+
+/* ---- the fault server's state: which pages are there, who waits for which (faultpages.c) -------------------- */
+
+/* Pages are numbered through all regions; the number of a region's first page is the next multiple of 64. Clients are
+ * numbered from 0. Every function is one step under the one lock, and none makes a system call on a client's descriptor:
+ * faultpages.c says why no order of these steps loses a wake-up, and the tests drive all orders. */
+typedef struct vu_pages vu_pages;
+
+#define VU_PAGES_CLIENTS 64
+
+struct vu_wait {
+    uint64_t page;
+    uint64_t since;  /* nanoseconds, as given to vu_pages_fault */
+    uint32_t client; /* held: vu_pages_release it after it was woken */
+};
+
+struct vu_pages_count {
+    uint64_t total, received, lost;
+    uint64_t waiting; /* pages that are waited for, by each client for itself */
+};
+
+#define VU_PAGE_MISSING 0  /* the fault was recorded and its page has to be asked for */
+#define VU_PAGE_RECEIVED 1 /* the page is there: wake the client now */
+#define VU_PAGE_LOST 2     /* the page will never come: poison it, now */
+#define VU_PAGE_MERGED 3   /* this client waits for the page already */
+
+/* sizes: pages of each region. */
+vu_pages *vu_pages_new(const uint64_t *sizes, uint32_t regions, int *error);
+void vu_pages_free(vu_pages *pages);
+/* A memfd of the received bits, that others can only map read-only: page n is bit n % 8 of byte n / 8. Stays ours. */
+int vu_pages_fd(const vu_pages *pages);
+void vu_pages_counts(vu_pages *pages, struct vu_pages_count *counts);
+
+/* Clients. A number stays taken until vu_pages_vacate, so what belongs to it can be kept beside without a lock. */
+int vu_pages_join(vu_pages *pages);                        /* a number, or VU_E_SIZE: VU_PAGES_CLIENTS are there */
+void vu_pages_admit(vu_pages *pages, uint32_t client);     /* from here it can be held, and can wait */
+int vu_pages_hold(vu_pages *pages, uint32_t client);       /* 1: it stays until released; 0: it has left */
+uint64_t vu_pages_hold_all(vu_pages *pages);               /* holds every client: bit n is client n */
+/* Forgets its waits. 1: nobody holds it, close what belongs to it and vacate; 0: that falls to the last release. */
+int vu_pages_leave(vu_pages *pages, uint32_t client);
+int vu_pages_release(vu_pages *pages, uint32_t client);    /* 1: it has left and this was the last, as in leave */
+void vu_pages_vacate(vu_pages *pages, uint32_t client);
+
+/* Room for so many more waits, so that a fault that is read can be recorded: 0 or VU_E_NOMEM. */
+int vu_pages_reserve(vu_pages *pages, uint32_t count);
+/* A fault was read from a client's descriptor: VU_PAGE_; VU_E_CLOSED: the client has left; VU_E_NOMEM. */
+int vu_pages_fault(vu_pages *pages, uint32_t client, uint64_t page, uint64_t now);
+/* Up to `max` pages that are waited for and were not asked for yet, the longest waited for first; each once. */
+uint32_t vu_pages_wanted(vu_pages *pages, uint64_t *found, uint32_t max);
+/* The next run of pages in [from, to) that nobody has claimed, of at most `most` and 64: its length, 0 if there is none, and
+ * in *first its start. Withheld pages count only while somebody waits for them. */
+uint32_t vu_pages_missing(vu_pages *pages, uint64_t from, uint64_t to, uint32_t most, uint64_t *first);
+/* The same, and claims them: nobody else places them until they are settled, or given up with unclaim. */
+uint32_t vu_pages_claim(vu_pages *pages, uint64_t from, uint64_t to, uint32_t most, uint64_t *first);
+/* They could not be placed. Those that are waited for become wanted again: 1 if there are any. */
+int vu_pages_unclaim(vu_pages *pages, uint64_t first, uint64_t count);
+/* Claimed pages have been placed, or with `lost` never will be. Then as vu_pages_take. */
+uint32_t vu_pages_settle(vu_pages *pages, uint64_t first, uint64_t count, int lost, struct vu_wait *waits, uint32_t max);
+/* Takes up to `max` waits for settled pages: wake these. Until it returns less than `max`. */
+uint32_t vu_pages_take(vu_pages *pages, uint64_t first, uint64_t count, struct vu_wait *waits, uint32_t max);
+/* The source was lost: all that was asked for and is waited for has to be asked for again. */
+void vu_pages_ask_again(vu_pages *pages);
+/* Up to `max` pages that somebody has waited for since before `since`. */
+uint32_t vu_pages_overdue(vu_pages *pages, uint64_t since, uint64_t *found, uint32_t max);
+void vu_pages_withhold(vu_pages *pages, uint64_t first, uint64_t count, int on);
+
+/* ---- the fault server: the front-end's half of postcopy (faultserver.c, faultwake.c, faultput.c) --------------- */
+
+typedef struct vu_faults vu_faults;
+
+#define VU_PUT_COPY 0     /* UFFDIO_COPY through our own userfaultfd */
+#define VU_PUT_ZEROPAGE 1 /* UFFDIO_ZEROPAGE whatever the source says */
+#define VU_PUT_CONTINUE 2 /* the file first, then UFFDIO_CONTINUE for whoever waits */
+#define VU_PUT_MOVE 3     /* UFFDIO_MOVE out of a staging area; private anonymous memory */
+
+#define VU_WAKE_BROADCAST 0 /* page by page, every client, whether it waits or not */
+#define VU_WAKE_DEMAND 1    /* page by page, whoever waits */
+#define VU_WAKE_BATCH 2     /* runs of pages, whoever waits, neighbouring pages in one */
+
+struct vu_fault_region {
+    uint64_t guest, size; /* bytes */
+    uint64_t host;        /* ours, registered with our userfaultfd */
+    uint64_t page_size;   /* bytes, a power of two */
+    uint64_t offset;      /* in the file */
+    uint64_t source;      /* our address of the bytes to place, or 0: vu_faults_place brings them */
+    int fd;               /* the file, or -1; the caller's, open while the server exists */
+};
+
+struct vu_fault_config {
+    int uffd;             /* ours: pages are placed through it. The caller's, open while the server exists */
+    int control;          /* eventfd: readable when vu_faults_serve has to look around; written by this C code too */
+    int wanted;           /* eventfd: readable when vu_faults_wanted has something */
+    int notice;           /* eventfd: written when all pages are there, a client is gone, or placing failed */
+    uint32_t put, wake;   /* VU_PUT_, VU_WAKE_ */
+    uint32_t batch;       /* pages of a placement with VU_WAKE_BATCH, 1 to 64 */
+    uint32_t events;      /* how many the record keeps: a power of two, or 0 */
+    uint64_t deadline_ns; /* a wait that lasts longer ends in UFFDIO_POISON; 0: none does */
+};
+
+struct vu_fault_span {
+    uint64_t guest, size; /* bytes, whole pages of one region */
+    uint64_t host;        /* where the client has it */
+};
+
+struct vu_fault_range {
+    uint64_t guest, length;
+};
+
+struct vu_client_stats {
+    uint64_t faults;        /* messages read from its userfaultfd */
+    uint64_t merged_faults; /* of these, for a page that it waited for already */
+    uint64_t late;          /* of these, for a page that had come meanwhile: woken at once */
+    uint64_t stray;         /* of these, at addresses that belong to no region */
+    uint64_t wakes;         /* requests to wake it, whatever their kind */
+    uint64_t woken;         /* pages that it waited for and was woken for */
+    uint64_t merged_wakes;  /* of these, woken by the request of a neighbouring page */
+    uint64_t spurious;      /* wakes for which it was not known to wait */
+    uint64_t refused;       /* requests that the kernel refused */
+    uint64_t channel;       /* of the wakes, sent as messages of the wake channel */
+    uint64_t acknowledged;  /* bytes that the back-end says it has woken */
+    uint64_t blocked_ns;    /* sum of the times from reading a fault to its wake */
+    uint64_t histogram[32]; /* these times: bucket n counts [2^n, 2^(n+1)) microseconds, bucket 0 from 0 */
+    uint64_t gone;          /* 1: its process has ended; its descriptors are closed */
+};
+
+struct vu_server_stats {
+    struct vu_pages_count pages;
+    uint64_t placed;     /* pages that we placed */
+    uint64_t demanded;   /* of these, waited for by somebody at that moment */
+    uint64_t zero;       /* of these, placed as zeros without data */
+    uint64_t duplicates; /* pages that came again and were dropped */
+    uint64_t present;    /* pages that the kernel says were there before we placed them */
+    uint64_t requests;   /* placements: system calls */
+    uint64_t paused;
+    uint64_t error;      /* errno of a placement that failed and paused the server, or 0 */
+};
+
+#define VU_EVENT_FAULT 0
+#define VU_EVENT_PLACED 1
+#define VU_EVENT_WOKEN 2
+#define VU_EVENT_LOST 3
+#define VU_EVENT_GONE 4
+#define VU_EVENT_PRESENT 5 /* placed by somebody else before us: touched without a fault, perhaps */
+
+struct vu_fault_event {
+    uint64_t sequence; /* from 1 */
+    uint64_t ns;       /* CLOCK_MONOTONIC */
+    uint64_t guest, length;
+    uint32_t client;   /* of a fault, a wake, one gone */
+    uint32_t kind;     /* VU_EVENT_ */
+};
+
+vu_faults *vu_faults_new(const struct vu_fault_config *config, const struct vu_fault_region *regions, uint32_t count,
+                         int *error);
+void vu_faults_free(vu_faults *server); /* when no thread is inside; closes what clients have left here */
+vu_pages *vu_faults_pages(vu_faults *server);
+/* A client: its number, or VU_E_. Takes over uffd and channel (a SOCK_SEQPACKET of the wake channel after HELLO, or -1);
+ * ranges: how many a message may have. Client 0 is the first, for our own threads. */
+int vu_faults_add(vu_faults *server, int uffd, int channel, uint32_t ranges, const struct vu_fault_span *spans,
+                  uint32_t count);
+/* Forgets it, wakes its threads (they look again), closes its descriptors as soon as nobody uses them. */
+int vu_faults_remove(vu_faults *server, uint32_t client);
+/* Reads faults, places their pages if the source is mapped, wakes; until vu_faults_stop. One thread. 0 or VU_E_SYS. */
+int vu_faults_serve(vu_faults *server);
+void vu_faults_stop(vu_faults *server);
+void vu_faults_pause(vu_faults *server, int on); /* paused: faults are recorded, nothing is placed from the mapped source */
+/* Places what is missing in the range from the mapped source: pages placed, or VU_E_; less than all when paused. */
+int64_t vu_faults_fill(vu_faults *server, uint64_t guest, uint64_t length);
+/* Places `data` (NULL: zeros) where pages are missing, for any source: pages placed, or VU_E_. */
+int64_t vu_faults_place(vu_faults *server, uint64_t guest, uint64_t length, const void *data);
+/* Up to `max` ranges that somebody waits for and that were not asked for yet. Never blocks. */
+int vu_faults_wanted(vu_faults *server, struct vu_fault_range *ranges, uint32_t max);
+/* The next run of missing pages in the range that may be placed in the background: 1 and the run, or 0. */
+int vu_faults_missing(vu_faults *server, uint64_t guest, uint64_t length, uint32_t most, struct vu_fault_range *run);
+int vu_faults_withhold(vu_faults *server, uint64_t guest, uint64_t length, int on);
+/* The number of a page, or VU_E_RANGE. */
+int64_t vu_faults_page(const vu_faults *server, uint64_t guest);
+void vu_faults_client_stats(const vu_faults *server, uint32_t client, struct vu_client_stats *stats);
+void vu_faults_stats(vu_faults *server, struct vu_server_stats *stats);
+/* Events after sequence number `after`, the oldest that are still kept: the count. */
+int vu_faults_events(vu_faults *server, uint64_t after, struct vu_fault_event *events, uint32_t max);
 
 /* ---- virtio-blk engine (blk.c) ------------------------------------------------------------------------------ */
 

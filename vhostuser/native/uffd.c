@@ -157,6 +157,13 @@ int64_t vu_uffd_move(int uffd, uint64_t to, uint64_t from, uint64_t length, int 
     return placed(result, request.move);
 }
 
+/* A copy from address 0 gets as far as asking for the address space, and no further. */
+int vu_uffd_alive(int uffd, uint64_t host)
+{
+    struct uffdio_copy request = {host, 0, (uint64_t)sysconf(_SC_PAGESIZE), UFFDIO_COPY_MODE_DONTWAKE, 0};
+    return !(ioctl(uffd, UFFDIO_COPY, &request) < 0 && errno == ESRCH);
+}
+
 /* Events that are not faults are read and dropped: they come only to those who asked for them, which nobody here does. */
 int vu_uffd_read(int uffd, uint64_t *addresses, uint64_t *flags, uint32_t max)
 {
