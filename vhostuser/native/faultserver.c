@@ -110,10 +110,7 @@ vu_faults *vu_faults_new(const struct vu_fault_config *config, const struct vu_f
 void vu_faults_free(vu_faults *server)
 {
     for (uint32_t number = 0; server->pages && number < VU_PAGES_CLIENTS; number++)
-        if (vu_pages_hold(server->pages, number)) {
-            vu_client_release(server, number);
-            vu_faults_remove(server, number);
-        }
+        vu_faults_remove(server, number);
     if (server->parts)
         vu_put_close(server);
     if (server->pages)
@@ -352,7 +349,7 @@ static void place_wanted(struct vu_faults *server)
     uint64_t pages[VU_FAULT_BATCH], first;
     uint32_t count;
     while (!atomic_load(&server->paused) && (count = vu_pages_wanted(server->pages, pages, VU_FAULT_BATCH)) > 0) {
-        for (uint32_t i = 0; i < count; i++) {
+        for (uint32_t i = 0; i < count && !atomic_load(&server->paused); i++) {
             const struct vu_fault_part *part = vu_fault_part_of(server, pages[i]);
             if (vu_pages_claim(server->pages, pages[i], pages[i] + 1, 1, &first) &&
                 place_claimed(server, part, first, 1, mapped_bytes(part, first)) < 0)

@@ -155,21 +155,27 @@ static void count_wait(struct vu_fault_client *client, uint64_t ns)
     VU_CLIENT_COUNT(client, histogram[bucket < 32 ? bucket : 31], 1);
 }
 
+static struct run run_of(struct vu_faults *server, const struct vu_wait *wait)
+{
+    struct vu_fault_client *client = &server->clients[wait->client];
+    const struct vu_fault_part *part = vu_fault_part_of(server, wait->page);
+    return (struct run){client, wait->client, part, wait->page, 1, vu_client_address(client, wait->page)};
+}
+
 /* The waits of one client, in the order of their pages, become runs: their number. */
 static uint32_t merge(struct vu_faults *server, const struct vu_wait *waits, uint32_t count, struct run *runs)
 {
-    struct vu_fault_client *client = &server->clients[waits->client];
-    uint32_t made = 0;
-    for (uint32_t i = 0; i < count; i++) {
-        uint64_t page = waits[i].page, host = vu_client_address(client, page);
-        struct run *last = &runs[made - 1];
-        if (made && server->config.wake == VU_WAKE_BATCH && host == last->host + length_of(last) &&
-            page == last->first + last->count && page - last->part->first < last->part->pages)
+    struct run *last = runs;
+    *last = run_of(server, waits);
+    for (uint32_t i = 1; i < count; i++) {
+        struct run next = run_of(server, &waits[i]);
+        if (server->config.wake == VU_WAKE_BATCH && next.part == last->part &&
+            next.first == last->first + last->count && next.host == last->host + length_of(last))
             last->count++;
         else
-            runs[made++] = (struct run){client, waits->client, vu_fault_part_of(server, page), page, 1, host};
+            *++last = next;
     }
-    return made;
+    return (uint32_t)(last - runs) + 1;
 }
 
 static void wake_client(struct vu_faults *server, const struct vu_wait *waits, uint32_t count, enum vu_wake_kind kind)
