@@ -12,6 +12,7 @@ NO_IO = {"os", "socket", "asyncio", "mmap", "select", "threading", "uvloop"}
 RUNTIME = {"protocol", "_native", "memory", "virtqueue", "uffd"}
 RUNTIME |= {"postcopy", "record", "channel", "device", "dataplane", "ring"}
 FRONT = {"frontend_memory", "frontend_ring", "frontend_requests"}
+PAGES = {"placement", "faultstats", "pagesource", "pagefeed"}
 ALLOWED = {
     "memory": {"protocol", "_native"},
     "virtqueue": {"protocol", "_native", "memory", "uffd"},
@@ -39,8 +40,17 @@ ALLOWED = {
     "frontend_channel": {"protocol", "channel"},
     "frontend_postcopy": {"protocol", "frontend_calls"} | FRONT,
     "frontend": {"protocol", "raw", "frontend_calls", "frontend_channel", "frontend_postcopy"} | FRONT,
+    "placement": {"protocol", "uffd"},
+    "faultstats": set(),
+    "pagesource": {"protocol", "_native"},
+    "pagefeed": {"_native", "memory", "pagesource"},
+    "faultserver": {"protocol", "_native", "memory", "uffd", "threads"} | PAGES,
 }
 WITHOUT = {
+    "placement": {"asyncio", "socket"},
+    "pagefeed": {"asyncio", "socket"},
+    "pagesource": {"asyncio", "socket"},
+    "faultserver": {"asyncio", "socket"},
     "memory": {"asyncio", "socket"},
     "virtqueue": {"asyncio", "socket"},
     "uffd": {"asyncio", "socket"},

@@ -432,8 +432,9 @@ int64_t vu_faults_fill(vu_faults *server, uint64_t guest, uint64_t length);
 int64_t vu_faults_place(vu_faults *server, uint64_t guest, uint64_t length, const void *data);
 /* Up to `max` ranges that somebody waits for and that were not asked for yet. Never blocks. */
 int vu_faults_wanted(vu_faults *server, struct vu_fault_range *ranges, uint32_t max);
-/* The next run of missing pages in the range that may be placed in the background: 1 and the run, or 0. */
-int vu_faults_missing(vu_faults *server, uint64_t guest, uint64_t length, uint32_t most, struct vu_fault_range *run);
+/* The next run of missing pages in the range that may be placed in the background, of at most `most` bytes, a page and 64
+ * pages: 1 and the run, or 0. */
+int vu_faults_missing(vu_faults *server, uint64_t guest, uint64_t length, uint64_t most, struct vu_fault_range *run);
 int vu_faults_withhold(vu_faults *server, uint64_t guest, uint64_t length, int on);
 /* The number of a page, or VU_E_RANGE. */
 int64_t vu_faults_page(const vu_faults *server, uint64_t guest);

@@ -277,13 +277,14 @@ int vu_faults_wanted(vu_faults *server, struct vu_fault_range *ranges, uint32_t 
     return (int)count;
 }
 
-int vu_faults_missing(vu_faults *server, uint64_t guest, uint64_t length, uint32_t most, struct vu_fault_range *run)
+int vu_faults_missing(vu_faults *server, uint64_t guest, uint64_t length, uint64_t most, struct vu_fault_range *run)
 {
     const struct vu_fault_part *part = find_part(server, guest, length);
     if (!part)
         return VU_E_RANGE;
-    uint64_t from = page_of(part, guest), first;
-    uint32_t count = vu_pages_missing(server->pages, from, from + (length >> part->shift), most, &first);
+    uint64_t from = page_of(part, guest), first, pages = most >> part->shift;
+    uint32_t limit = pages > VU_FAULT_BATCH ? VU_FAULT_BATCH : pages ? (uint32_t)pages : 1;
+    uint32_t count = vu_pages_missing(server->pages, from, from + (length >> part->shift), limit, &first);
     if (!count)
         return 0;
     *run = (struct vu_fault_range){vu_fault_guest(part, first), (uint64_t)count << part->shift};
