@@ -169,6 +169,13 @@ class SharedLog:
             os.close(self.fd)
             raise
 
+    def take(self) -> list[tuple[int, int]]:
+        """Reads and clears the log: the (guest address, bytes) of each run of pages that was written, lowest first.
+
+        What a back-end marks meanwhile is found now or the next time. Raises MemoryLost if the log was truncated.
+        """
+        return self.log.take()
+
     def describe(self) -> Log:
         """What SET_LOG_BASE says of it."""
         return Log(self.size, 0)

@@ -38,6 +38,9 @@ _WORDS = {
 }
 
 
+_RANGES = 1024
+
+
 class MemoryLost(VhostUserError):
     """Guest memory could not be touched: its file was truncated, or it was revoked when the front-end was lost."""
 
@@ -289,9 +292,33 @@ class DirtyLog:
             raise RequestRefused(f"dirty log of {size} bytes at offset {offset} of its file: {explain(error[0])}")
         return cls(ffi.gc(native, lib.vu_log_put), size)
 
+    def take(self) -> list[tuple[int, int]]:
+        """Takes every mark away; the (guest address, bytes) of each run of marked pages, lowest first.
+
+        Raises MemoryLost if the log was truncated.
+        """
+        page, ranges = ffi.new("uint64_t *"), ffi.new("vu_range[]", _RANGES)
+        taken: list[tuple[int, int]] = []
+        while True:
+            count = lib.vu_log_take(self.native, page, ranges, _RANGES)
+            _check(count)
+            taken += [(run.guest, run.length) for run in ranges[0:count]]
+            if count <= _RANGES - lib.VU_LOG_RANGES:
+                return _joined(taken)
+
     def mark(self, guest: int, length: int) -> None:
         """Marks the pages of a range as written. Raises LookupError for pages that the log does not cover."""
         _copied(lib.vu_log_mark(self.native, guest, length), guest, length)
+
+
+def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs that follow each other at once, as where one call ended, made one."""
+    joined: list[tuple[int, int]] = []
+    for guest, length in runs:
+        if joined and sum(joined[-1]) == guest:
+            guest, length = joined[-1][0], joined.pop()[1] + length
+        joined.append((guest, length))
+    return joined
 
 
 def _check(code: int) -> None:

@@ -77,12 +77,22 @@ uint64_t vu_map_user_to_guest(const vu_map *map, uint64_t user, int *error); /* 
 
 int64_t vu_map_read(const vu_map *map, uint64_t guest, void *to, uint64_t length);          /* [touches] all or error */
 int64_t vu_map_write(const vu_map *map, uint64_t guest, const void *from, uint64_t length); /* [touches] all or error */
+/* Stores one aligned word behind everything that was written before: an index of a ring. [touches] */
+int vu_map_publish16(const vu_map *map, uint64_t guest, uint16_t value);
 
 /* The dirty log: bit n is guest page n of 4096 bytes, from `offset` in the file. The caller keeps fd. */
 vu_log *vu_log_map(int fd, uint64_t size, uint64_t offset, int *error);
 void vu_log_get(vu_log *log);
 void vu_log_put(vu_log *log);
 int vu_log_mark(vu_log *log, uint64_t guest, uint64_t length); /* atomic; pages outside of the log: VU_E_RANGE */
+
+typedef struct {
+    uint64_t guest, length; /* bytes, whole pages of 4096 */
+} vu_range;
+#define VU_LOG_RANGES 8 /* the least `max` of vu_log_take */
+/* What a front-end does with the log: takes marks away, each atomically, from page *page on, and stores runs of neighbouring
+ * pages. Returns how many; fewer than max - VU_LOG_RANGES + 1 only at the end of the log. *page is where to go on. */
+int vu_log_take(vu_log *log, uint64_t *page, vu_range *ranges, uint32_t max);
 
 /* ---- device side of a ring (split.c; packed.c joins behind the same names) --------------------------- */
 
@@ -190,8 +200,20 @@ typedef struct {
 #define VU_DRIVER_INDIRECT 2 /* put each chain into an indirect table of its own */
 #define VU_DRIVER_TABLE 128  /* entries of each such table: the longest chain */
 
+struct vu_driver_parts { /* guest addresses */
+    uint64_t desc, avail, used;
+    uint64_t tables; /* of all indirect tables, with VU_DRIVER_INDIRECT */
+};
+typedef struct {
+    uint32_t head, length; /* bytes that the device says it wrote */
+} vu_returned;
+
 /* A split ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches] */
 vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags, int *error);
+/* The same with each part where the caller wants it: aligned as the specification asks, each in one region. [touches] */
+vu_driver *vu_driver_place(vu_map *map, const struct vu_driver_parts *parts, uint32_t size, uint32_t flags, int *error);
+/* Goes on in another map that holds the same ring at the same guest addresses. Touches nothing. On failure stays. */
+int vu_driver_move(vu_driver *driver, vu_map *map);
 void vu_driver_free(vu_driver *driver);
 uint64_t vu_driver_bytes(uint32_t size, uint32_t flags); /* of guest memory that such a ring takes */
 uint64_t vu_driver_desc(const vu_driver *driver);        /* guest addresses of its parts */
@@ -200,10 +222,18 @@ uint64_t vu_driver_used(const vu_driver *driver);
 /* Offers one chain; its head, or VU_E_SIZE when there is no room for it or count is 0. Not visible before
  * vu_driver_publish. Buffers are taken as they are, also those that a device must refuse. [touches] */
 int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count);
+/* Offers `chains` chains, the first of counts[0] buffers, and so on, and stores their heads: how many there was room for.
+ * Negative: the code of the first chain. [touches] */
+int vu_driver_add_many(vu_driver *driver, const vu_buffer *buffers, const uint32_t *counts, uint32_t chains, uint16_t *heads);
 /* Publishes what was added; 1 if the device wants a kick, else 0. [touches] */
 int vu_driver_publish(vu_driver *driver);
 /* Takes one used chain: 1 and its head and length, 0 if there is none, negative if the device broke the ring. [touches] */
 int vu_driver_take(vu_driver *driver, uint16_t *head, uint32_t *length);
+/* Takes up to `max`: how many. Those in front of one that breaks the ring are handed out first. [touches] */
+int vu_driver_take_many(vu_driver *driver, vu_returned *returned, uint32_t max);
+/* Waits until something was used: 1, or 0 after timeout_ns. Looks for spin_ns, then asks for a call and sleeps on `call`, an
+ * eventfd that it reads; without one (-1) it goes on looking, ever more rarely. [touches] */
+int vu_driver_wait(vu_driver *driver, int call, uint64_t spin_ns, uint64_t timeout_ns);
 /* Asks for calls; 1 if something was used meanwhile. [touches] */
 int vu_driver_arm(vu_driver *driver);
 int vu_driver_disarm(vu_driver *driver);

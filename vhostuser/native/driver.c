@@ -2,10 +2,17 @@
  * The driver side of a split ring (virtio 1.2, 2.7), for front-ends, tests and measurements.
  *
  * What belongs here: what a guest's virtio driver does with a ring, and the check of what a device returns. What does not:
- * which buffers to offer. The device is a peer like any other: everything it writes is loaded once and judged.
+ * which buffers to offer, and rings that no driver would write (driverqueue.RawRing). The device is a peer like any other:
+ * everything it writes is loaded once and judged.
  */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "queue.h"
 
@@ -14,7 +21,7 @@
 struct vu_driver {
     vu_map *map;
     uint32_t size, flags, mask;
-    uint64_t at;
+    struct vu_driver_parts at;
     struct vu_desc *desc;
     struct vu_avail *avail;
     struct vu_used *used;
@@ -36,25 +43,24 @@ static uint64_t align(uint64_t value)
     return (value + PART_ALIGN - 1) / PART_ALIGN * PART_ALIGN;
 }
 
-static uint64_t avail_offset(uint32_t size)
+static uint64_t table_bytes(uint32_t size)
 {
-    return align(vu_desc_bytes(size));
+    return size * vu_desc_bytes(VU_DRIVER_TABLE);
 }
 
-static uint64_t used_offset(uint32_t size)
+/* One part behind the other. A sum that wraps lies outside of every map. */
+static struct vu_driver_parts row(uint64_t at, uint32_t size)
 {
-    return avail_offset(size) + align(vu_avail_bytes(size));
-}
-
-static uint64_t tables_offset(uint32_t size)
-{
-    return used_offset(size) + align(vu_used_bytes(size));
+    struct vu_driver_parts parts = {.desc = at};
+    parts.avail = parts.desc + align(vu_desc_bytes(size));
+    parts.used = parts.avail + align(vu_avail_bytes(size));
+    parts.tables = parts.used + align(vu_used_bytes(size));
+    return parts;
 }
 
 uint64_t vu_driver_bytes(uint32_t size, uint32_t flags)
 {
-    uint64_t tables = flags & VU_DRIVER_INDIRECT ? size * vu_desc_bytes(VU_DRIVER_TABLE) : 0;
-    return tables_offset(size) + tables;
+    return row(0, size).tables + (flags & VU_DRIVER_INDIRECT ? table_bytes(size) : 0);
 }
 
 static uint16_t *used_event(const vu_driver *driver)
@@ -69,35 +75,48 @@ static uint16_t *avail_event(const vu_driver *driver)
 
 /* ---- life ---------------------------------------------------------------------------------------------- */
 
-static int clear(vu_driver *driver, uint8_t *host)
+static int find(vu_map *map, uint64_t guest, uint64_t bytes, uint64_t alignment, void *host)
+{
+    uint8_t *at = bytes > UINT64_MAX - guest ? NULL : vu_map_guest(map, guest, bytes);
+    memcpy(host, &at, sizeof at);
+    return !at ? VU_E_RANGE : guest % alignment || (uintptr_t)at % alignment ? VU_E_ALIGN : 0;
+}
+
+/* The parts as pointers into `map`; the driver is changed only if all are there. */
+static int resolve(vu_driver *driver, vu_map *map)
+{
+    struct vu_desc *desc, *tables = NULL;
+    struct vu_avail *avail;
+    struct vu_used *used;
+    int code = find(map, driver->at.desc, vu_desc_bytes(driver->size), 16, &desc);
+    if (!code)
+        code = find(map, driver->at.avail, vu_avail_bytes(driver->size), 2, &avail);
+    if (!code)
+        code = find(map, driver->at.used, vu_used_bytes(driver->size), 4, &used);
+    if (!code && driver->flags & VU_DRIVER_INDIRECT)
+        code = find(map, driver->at.tables, table_bytes(driver->size), 16, &tables);
+    if (code)
+        return code;
+    driver->desc = desc;
+    driver->avail = avail;
+    driver->used = used;
+    driver->tables = tables;
+    return 0;
+}
+
+static int clear(vu_driver *driver)
 {
     struct vu_guard guard;
     if (VU_GUARD(&guard, driver->map))
         return VU_E_FAULT;
-    memset(host, 0, tables_offset(driver->size));
+    memset(driver->desc, 0, vu_desc_bytes(driver->size));
+    memset(driver->avail, 0, vu_avail_bytes(driver->size));
+    memset(driver->used, 0, vu_used_bytes(driver->size));
     vu_guard_leave(&guard);
     return 0;
 }
 
-static int lay_out(vu_driver *driver)
-{
-    uint8_t *host = vu_map_guest(driver->map, driver->at, vu_driver_bytes(driver->size, driver->flags));
-    if (!host)
-        return VU_E_RANGE;
-    if (driver->at % PART_ALIGN || (uintptr_t)host % PART_ALIGN)
-        return VU_E_ALIGN;
-    driver->desc = (struct vu_desc *)host;
-    driver->avail = (struct vu_avail *)(host + avail_offset(driver->size));
-    driver->used = (struct vu_used *)(host + used_offset(driver->size));
-    if (driver->flags & VU_DRIVER_INDIRECT)
-        driver->tables = (struct vu_desc *)(host + tables_offset(driver->size));
-    for (uint32_t i = 0; i < driver->size; i++)
-        driver->offers[i].next = (uint16_t)(i + 1);
-    driver->free_count = driver->size;
-    return clear(driver, host);
-}
-
-vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags, int *error)
+vu_driver *vu_driver_place(vu_map *map, const struct vu_driver_parts *parts, uint32_t size, uint32_t flags, int *error)
 {
     if (!size || size > VU_SPLIT_SIZE_MAX || size & (size - 1)) {
         *error = VU_E_SIZE;
@@ -109,15 +128,40 @@ vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags
         return NULL;
     }
     vu_map_get(driver->map = map);
-    driver->size = size;
+    driver->size = driver->free_count = size;
     driver->mask = size - 1;
     driver->flags = flags;
-    driver->at = at;
-    *error = lay_out(driver);
+    driver->at = *parts;
+    for (uint32_t i = 0; i < size; i++)
+        driver->offers[i].next = (uint16_t)(i + 1);
+    *error = resolve(driver, map);
+    if (!*error)
+        *error = clear(driver);
     if (!*error)
         return driver;
     vu_driver_free(driver);
     return NULL;
+}
+
+vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags, int *error)
+{
+    struct vu_driver_parts parts = row(at, size);
+    if (at % PART_ALIGN) {
+        *error = VU_E_ALIGN;
+        return NULL;
+    }
+    return vu_driver_place(map, &parts, size, flags, error);
+}
+
+int vu_driver_move(vu_driver *driver, vu_map *map)
+{
+    int code = resolve(driver, map);
+    if (code)
+        return code;
+    vu_map_get(map);
+    vu_map_put(driver->map);
+    driver->map = map;
+    return 0;
 }
 
 void vu_driver_free(vu_driver *driver)
@@ -130,17 +174,17 @@ void vu_driver_free(vu_driver *driver)
 
 uint64_t vu_driver_desc(const vu_driver *driver)
 {
-    return driver->at;
+    return driver->at.desc;
 }
 
 uint64_t vu_driver_avail(const vu_driver *driver)
 {
-    return driver->at + avail_offset(driver->size);
+    return driver->at.avail;
 }
 
 uint64_t vu_driver_used(const vu_driver *driver)
 {
-    return driver->at + used_offset(driver->size);
+    return driver->at.used;
 }
 
 /* ---- offering ------------------------------------------------------------------------------------------ */
@@ -170,7 +214,7 @@ static uint16_t write_indirect(vu_driver *driver, const vu_buffer *buffers, uint
     struct vu_desc *table = driver->tables + (uint64_t)head * VU_DRIVER_TABLE;
     for (uint32_t i = 0; i < count; i++)
         table[i] = describe(&buffers[i], i + 1 == count, (uint16_t)(i + 1));
-    uint64_t guest = driver->at + tables_offset(driver->size) + head * vu_desc_bytes(VU_DRIVER_TABLE);
+    uint64_t guest = driver->at.tables + head * vu_desc_bytes(VU_DRIVER_TABLE);
     driver->desc[head] = (struct vu_desc){guest, (uint32_t)vu_desc_bytes(count), VU_DESC_INDIRECT, 0};
     return driver->offers[head].next;
 }
@@ -196,6 +240,17 @@ int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
     for (uint32_t i = 0; i < count; i++)
         offer->writable += buffers[i].writable ? buffers[i].length : 0;
     return head;
+}
+
+int vu_driver_add_many(vu_driver *driver, const vu_buffer *buffers, const uint32_t *counts, uint32_t chains, uint16_t *heads)
+{
+    for (uint32_t i = 0; i < chains; buffers += counts[i++]) {
+        int head = vu_driver_add(driver, buffers, counts[i]);
+        if (head < 0)
+            return i ? (int)i : head;
+        heads[i] = (uint16_t)head;
+    }
+    return (int)chains;
 }
 
 int vu_driver_publish(vu_driver *driver)
@@ -236,27 +291,49 @@ static int reclaim(vu_driver *driver, uint32_t id, uint32_t length)
     return 1;
 }
 
-int vu_driver_take(vu_driver *driver, uint16_t *head, uint32_t *length)
+/* Loads the next used entry: 1, 0 if there is none, or a code. */
+static int look(vu_driver *driver, vu_returned *entry)
 {
     struct vu_guard guard;
     if (VU_GUARD(&guard, driver->map))
         return VU_E_FAULT;
     uint16_t ahead = (uint16_t)(vu_load16_acquire(&driver->used->idx) - driver->taken);
-    const struct vu_used_entry *entry = &driver->used->ring[driver->taken & driver->mask];
-    uint32_t id = __atomic_load_n(&entry->id, __ATOMIC_RELAXED);
-    uint32_t written = __atomic_load_n(&entry->len, __ATOMIC_RELAXED);
+    const struct vu_used_entry *used = &driver->used->ring[driver->taken & driver->mask];
+    entry->head = __atomic_load_n(&used->id, __ATOMIC_RELAXED);
+    entry->length = __atomic_load_n(&used->len, __ATOMIC_RELAXED);
     vu_guard_leave(&guard);
-    if (!ahead)
-        return 0;
-    if (ahead > driver->size)
-        return VU_E_INDEX;
-    int code = reclaim(driver, id, written);
-    if (code < 0)
-        return code;
-    driver->taken++;
-    *head = (uint16_t)id;
-    *length = written;
-    return 1;
+    return ahead > driver->size ? VU_E_INDEX : ahead > 0;
+}
+
+static int take(vu_driver *driver, vu_returned *returned)
+{
+    int code = look(driver, returned);
+    if (code > 0)
+        code = reclaim(driver, returned->head, returned->length);
+    if (code > 0)
+        driver->taken++;
+    return code;
+}
+
+int vu_driver_take_many(vu_driver *driver, vu_returned *returned, uint32_t max)
+{
+    for (uint32_t i = 0; i < max; i++) {
+        int code = take(driver, &returned[i]);
+        if (code <= 0)
+            return i ? (int)i : code;
+    }
+    return (int)max;
+}
+
+int vu_driver_take(vu_driver *driver, uint16_t *head, uint32_t *length)
+{
+    vu_returned returned;
+    int code = take(driver, &returned);
+    if (code > 0) {
+        *head = (uint16_t)returned.head;
+        *length = returned.length;
+    }
+    return code;
 }
 
 int vu_driver_arm(vu_driver *driver)
@@ -286,4 +363,68 @@ int vu_driver_disarm(vu_driver *driver)
         vu_store16(&driver->avail->flags, VU_AVAIL_NO_INTERRUPT);
     vu_guard_leave(&guard);
     return 0;
+}
+
+/* ---- waiting ------------------------------------------------------------------------------------------- */
+
+#define LONGEST_NAP_NS 1000000
+
+static uint64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
+static int used_some(vu_driver *driver)
+{
+    struct vu_guard guard;
+    if (VU_GUARD(&guard, driver->map))
+        return VU_E_FAULT;
+    bool some = vu_load16_acquire(&driver->used->idx) != driver->taken;
+    vu_guard_leave(&guard);
+    return some;
+}
+
+/* Looks until `end`, at once until `spin`, then after naps that grow. */
+static int look_until(vu_driver *driver, uint64_t spin, uint64_t end)
+{
+    struct timespec nap = {.tv_nsec = 1000};
+    for (;;) {
+        uint64_t time = now();
+        int some = used_some(driver);
+        if (some || time >= end)
+            return some;
+        if (time < spin) {
+            sched_yield(); /* the device may share our CPU */
+            continue;
+        }
+        nanosleep(&nap, NULL);
+        nap.tv_nsec = nap.tv_nsec < LONGEST_NAP_NS ? 2 * nap.tv_nsec : LONGEST_NAP_NS;
+    }
+}
+
+static int sleep_until(vu_driver *driver, int call, uint64_t end)
+{
+    for (;;) {
+        uint64_t count, time = now();
+        int some = vu_driver_arm(driver);
+        if (some || time >= end)
+            return some;
+        struct pollfd fd = {.fd = call, .events = POLLIN};
+        struct timespec left = {(time_t)((end - time) / 1000000000), (long)((end - time) % 1000000000)};
+        int ready = ppoll(&fd, 1, &left, NULL);
+        if (ready < 0 && errno != EINTR)
+            return VU_E_SYS;
+        if (ready > 0 && read(call, &count, sizeof count) < 0 && errno != EAGAIN)
+            return VU_E_SYS;
+    }
+}
+
+int vu_driver_wait(vu_driver *driver, int call, uint64_t spin_ns, uint64_t timeout_ns)
+{
+    uint64_t start = now(), end = timeout_ns > UINT64_MAX - start ? UINT64_MAX : start + timeout_ns;
+    uint64_t spin = spin_ns < end - start ? start + spin_ns : end;
+    int some = look_until(driver, spin, call < 0 ? end : spin);
+    return some || call < 0 ? some : sleep_until(driver, call, end);
 }

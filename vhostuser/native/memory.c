@@ -436,6 +436,21 @@ int64_t vu_map_write(const vu_map *map, uint64_t guest, const void *from, uint64
     return copy_guarded(map, guest, (void *)from, length, true);
 }
 
+int vu_map_publish16(const vu_map *map, uint64_t guest, uint16_t value)
+{
+    uint8_t *host = vu_map_guest(map, guest, sizeof value);
+    if (!host)
+        return VU_E_RANGE;
+    if ((uintptr_t)host % sizeof value)
+        return VU_E_ALIGN;
+    struct vu_guard guard;
+    if (VU_GUARD(&guard, map))
+        return VU_E_FAULT;
+    __atomic_store_n((uint16_t *)host, value, __ATOMIC_RELEASE);
+    vu_guard_leave(&guard);
+    return 0;
+}
+
 /* ---- the dirty log ------------------------------------------------------------------------------------- */
 
 vu_log *vu_log_map(int fd, uint64_t size, uint64_t offset, int *error)
@@ -496,6 +511,50 @@ int vu_log_set(vu_log *log, uint64_t guest, uint64_t length)
         page = end + 1;
     }
     return 0;
+}
+
+/* Pages of one byte of the log, as runs; the last run goes on where it can. Returns how many runs there are then. */
+static uint32_t append(vu_range *ranges, uint32_t count, uint64_t first, uint8_t bits)
+{
+    for (uint64_t page = first; bits; page++, bits >>= 1) {
+        if (!(bits & 1))
+            continue;
+        if (count && ranges[count - 1].guest + ranges[count - 1].length == page * LOG_PAGE)
+            ranges[count - 1].length += LOG_PAGE;
+        else
+            ranges[count++] = (vu_range){page * LOG_PAGE, LOG_PAGE};
+    }
+    return count;
+}
+
+static uint32_t take_marks(vu_log *log, uint64_t *page, vu_range *ranges, uint32_t max)
+{
+    uint8_t *at = log->mapping.at;
+    uint32_t count = 0;
+    uint64_t byte = *page / 8, word;
+    while (byte < log->size && count + VU_LOG_RANGES <= max) {
+        if (log->size - byte >= sizeof word && (memcpy(&word, at + byte, sizeof word), !word)) {
+            byte += sizeof word;
+            continue;
+        }
+        uint8_t bits = __atomic_load_n(at + byte, __ATOMIC_RELAXED);
+        if (bits)
+            count = append(ranges, count, byte * 8, __atomic_exchange_n(at + byte, 0, __ATOMIC_SEQ_CST));
+        byte++;
+    }
+    *page = byte * 8;
+    return count;
+}
+
+int vu_log_take(vu_log *log, uint64_t *page, vu_range *ranges, uint32_t max)
+{
+    struct vu_guard guard;
+    if (VU_GUARD(&guard, NULL))
+        return VU_E_FAULT;
+    guard.extra[0] = log->mapping.span;
+    int count = (int)take_marks(log, page, ranges, max);
+    vu_guard_leave(&guard);
+    return count;
 }
 
 int vu_log_mark(vu_log *log, uint64_t guest, uint64_t length)
