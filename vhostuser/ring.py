@@ -60,6 +60,7 @@ class Ring:
         self._call = self._err = -1
         self._calls = False
         self._watched = False
+        self._returned = 0  # requests, in runs before this one
         self._queue: DeviceQueue | None = None
         self._runner: Runner | None = None
 
@@ -204,6 +205,7 @@ class Ring:
     def _close_queue(self) -> None:
         if self._queue is not None:
             self.base = self._queue.base
+            self._returned += self._queue.counts[0]
             self._queue.close()
             self._queue = None
 
@@ -217,12 +219,15 @@ class Ring:
         self._call = self._err = -1
 
     def state(self) -> dict[str, object]:
-        """For the state dump; JSON-able."""
+        """For the state dump; JSON-able. ``requests`` were returned to the driver, on this connection."""
+        returned, under_way = self._queue.counts if self._queue is not None else (0, 0)
         return {
             "index": self.index,
             "size": self.size,
             "running": self.running,
             "base": self._queue.base if self._queue is not None else self.base,
+            "requests": self._returned + returned,
+            "under_way": under_way,
             "broken": str(self.broken) if self.broken else None,
             "obstacle": self.obstacle or None,
         }

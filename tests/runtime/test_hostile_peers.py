@@ -421,6 +421,8 @@ async def test_the_state_can_be_read(pairs: Callable[..., Pair]) -> None:
         await ask(pair, word)
         assert await answer(pair) == word.upper()
     await pair.frontend.request(F.SET_VRING_ENABLE, VringState(1, 1))
+    assert pair.memory is not None
+    await pair.frontend.set_memory(pair.memory)  # the ring is opened anew, and goes on counting
     state = json.loads(json.dumps(pair.backend.state()))
     (connection,) = state["connections"]
     assert connection["socket"] == "test"
@@ -428,5 +430,6 @@ async def test_the_state_can_be_read(pairs: Callable[..., Pair]) -> None:
     assert "REPLY_ACK" in connection["protocol_features"].split()
     first, second = connection["rings"]
     assert (first["started"], first["enabled"], first["running"], first["base"]) == (True, True, True, 2)
+    assert (first["requests"], first["under_way"]) == (2, 0)
     assert (second["started"], second["enabled"], second["running"]) == (False, True, False)
     assert connection["postcopy"] == "IDLE"

@@ -143,8 +143,9 @@ void vu_queue_free(vu_queue *queue);
 /* For GET_VRING_BASE: the next available index. Only when no chain is out, else chains in flight are lost; with an
  * in-flight region they are not, it names them and they come again (and then decide where to go on, not the base). */
 uint32_t vu_queue_base(const vu_queue *queue);
-uint32_t vu_queue_out(const vu_queue *queue); /* chains popped and not yet pushed */
-int vu_queue_broken(const vu_queue *queue);   /* 0 or the sticky VU_E_ code */
+uint32_t vu_queue_out(const vu_queue *queue);      /* chains popped and not yet pushed */
+uint64_t vu_queue_returned(const vu_queue *queue); /* chains pushed */
+int vu_queue_broken(const vu_queue *queue);        /* 0 or the sticky VU_E_ code */
 uint16_t vu_queue_broken_head(const vu_queue *queue);
 
 /* Pops up to `max` chains: the count, 0 if the ring is empty, or the sticky code. Chains in front of one that breaks the

@@ -96,6 +96,11 @@ uint32_t vu_queue_out(const vu_queue *queue)
     return atomic_load(&queue->out);
 }
 
+uint64_t vu_queue_returned(const vu_queue *queue)
+{
+    return atomic_load_explicit(&queue->returned, memory_order_relaxed);
+}
+
 int vu_queue_broken(const vu_queue *queue)
 {
     return atomic_load(&queue->broken);
@@ -262,6 +267,7 @@ int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *leng
     for (uint32_t i = 0; i < count; i++)
         release(queue, chains[i]);
     atomic_fetch_sub_explicit(&queue->out, count, memory_order_relaxed);
+    atomic_fetch_add_explicit(&queue->returned, count, memory_order_relaxed);
     return code;
 }
 

@@ -142,7 +142,8 @@ struct vu_queue {
     _Atomic uint16_t next_avail;
     uint16_t used_index;     /* ours; what the ring says is never read back */
     uint16_t signalled;      /* used_index at the last signal */
-    _Atomic uint32_t out;    /* chains popped and not pushed */
+    _Atomic uint32_t out;      /* chains popped and not pushed */
+    _Atomic uint64_t returned; /* chains pushed */
     const struct vu_desc *desc;
     struct vu_avail *avail;
     struct vu_used *used;
