@@ -235,8 +235,8 @@ class ServedQueue:
         self._wake.clear()
         queue = self._queue
         # Also when stopping: these were popped before, and must be completed.
-        ready = queue.collect() if queue.ahead_fd >= 0 else []
-        room = 0 if self._stopping else min(most, self._limit - queue.out)
+        ready = queue.collect(most) if queue.ahead_fd >= 0 else []
+        room = 0 if self._stopping else min(most - len(ready), self._limit - queue.out)
         if room > 0:
             popped = queue.pop(room)
             ready += popped if queue.ahead_fd < 0 else queue.resident(popped)

@@ -257,6 +257,11 @@ class DeviceQueue:
         return self._base if self._native is None else int(lib.vu_queue_base(self._native))
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """Requests that were returned to the driver since the queue was opened, and those taken and not returned."""
+        return int(lib.vu_queue_returned(self.native)), int(lib.vu_queue_out(self._native))
+
+    @property
     def broken(self) -> QueueBroken | None:
         """Why nothing more comes of this queue, or None."""
         code = lib.vu_queue_broken(self.native)
@@ -316,9 +321,9 @@ class DeviceQueue:
                 ready.append(request)
         return ready
 
-    def collect(self) -> list[Request]:
-        """Requests whose pages have come, or cannot come: reading those raises MemoryLost. Never blocks."""
-        count = lib.vu_ahead_collect(self.native, self._chains, BATCH)
+    def collect(self, most: int = BATCH) -> list[Request]:
+        """Up to ``most`` requests whose pages have come, or cannot: reading those raises MemoryLost. Never blocks."""
+        count = lib.vu_ahead_collect(self.native, self._chains, min(most, BATCH))
         return [self._waiting.pop(chain) for chain in self._chains[0 : max(count, 0)]]
 
     # ---- for Request

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import Pair
 from tests.runtime.migration import DATA, PAGE, REQUESTS, SIZE, F, Migration, Shout
+from vhostuser.dataplane import ServedQueue
 from vhostuser.devices.blk import Blk, BlkSettings
 from vhostuser.devices.image import Image
 from vhostuser.protocol import (
@@ -53,6 +54,38 @@ async def test_the_engine_serves_a_disk_while_memory_arrives(migrations: Callabl
         assert os.pread(migration.target, PAGE, at + PAGE) == bytes([number + 1]) * PAGE
         assert os.pread(migration.target, 1, at + 32) == b"\0"
     await migration.end()
+
+
+async def test_a_batch_is_no_larger_than_asked_for(migrations: Callable[..., Migration]) -> None:
+    """Also when the pages of many requests come at the same moment."""
+
+    class InPairs(Shout):
+        def __init__(self) -> None:
+            self.batches: list[int] = []
+
+        async def serve(self, queue: ServedQueue) -> None:
+            while True:
+                batch = await queue.requests(2)
+                self.batches.append(len(batch))
+                for request in batch:
+                    await self.handle(request)
+                    request.complete()
+
+    device = InPairs()
+    migration = migrations(device)
+    await migration.reach("blocked")
+    for page in range(DATA // PAGE):  # the ring, and nothing of the requests
+        migration.server.place(page)
+    async with asyncio.timeout(5):
+        while migration.pair.backend.connections[0].rings[0].state()["under_way"] != REQUESTS:
+            await migration.frontend.get(F.GET_FEATURES)
+    migration.server.place_all(wake=False)
+    migration.server.theirs.wake(migration.server.base, SIZE)
+    migration.server.open.set()
+    await migration.completed()
+    assert migration.shouted()
+    assert sum(device.batches) == REQUESTS
+    assert max(device.batches) <= 2
 
 
 async def test_the_control_socket_answers_while_pages_are_missing(migrations: Callable[..., Migration]) -> None:
