@@ -86,6 +86,9 @@ PROTOCOL_FEATURES = (
 _STOPPING = frozenset({FrontendRequest.GET_VRING_BASE, FrontendRequest.SET_VRING_ENABLE, FrontendRequest.RESET_OWNER})
 """Requests by whose answer rings have stopped, and with the last of them the device."""
 
+# How long requests under way may go on when their front-end has gone, in seconds: the next one waits for them.
+_GRACE = 5.0
+
 
 class Connection:
     """Serves ``device`` to the front-end at the other end of ``sock``; owns the socket, memory and rings.
@@ -207,14 +210,21 @@ class Connection:
             raise ConnectionAbortedError from error
 
     async def _watch_loss(self) -> None:
-        """Fails closed: when the front-end is lost in postcopy nobody will bring the missing pages any more."""
+        """Fails closed: when the front-end is lost in postcopy nobody will bring the missing pages any more.
+
+        A request of the front-end's may be waiting for a ring that does not stop, so that nobody sees the end.
+        """
         await self._channel.lost.wait()
         self._regions.revoke()
+        await asyncio.sleep(_GRACE)
+        self._life.abandon()
 
     async def _close(self) -> None:
         self._device.announce = tuple(fn for fn in self._device.announce if fn != self._announce)
         self._regions.revoke()
+        abandoning = asyncio.get_running_loop().call_later(_GRACE, self._life.abandon)
         await self._life.close()
+        abandoning.cancel()
         self._regions.close()
         if self._backend_channel is not None:
             self._backend_channel.close()
@@ -459,7 +469,7 @@ def _event(request: Request, name: str) -> int | None:
     """The descriptor, now ours; None if the front-end said that there is none."""
     if not _payload(request, VringFd).has_fd:
         return None
-    usable_event(_fds(request)[0], name)
+    usable_event(_fds(request)[0], name, pipe=name == "kick")
     return _fds(request).take()
 
 

@@ -91,6 +91,9 @@ class Runner(Protocol):
     def stop(self) -> None:
         """Asks for the end: what was popped is completed, then ``finished`` is done. Returns at once."""
 
+    def abandon(self) -> None:
+        """Asks for the end without completing what does not end by itself. Returns at once."""
+
 
 class EngineRunner:
     """One native engine on one ring, on a thread of the ring's own."""
@@ -127,6 +130,10 @@ class EngineRunner:
         self._asked = True
         if self._stop >= 0:
             os.eventfd_write(self._stop, 1)
+
+    def abandon(self) -> None:
+        """As ``stop``: C waits for nothing but guest memory and the medium, and neither can be cut short."""
+        self.stop()
 
 
 class LoopRunner:
@@ -167,12 +174,18 @@ class LoopRunner:
             self._loop.call_soon_threadsafe(resolve)
 
     def stop(self) -> None:
-        self._asked = True
-        self._data_loop.call_soon_threadsafe(self._pass_on_the_stop)
+        self._pass_on(ServedQueue.stop)
 
-    def _pass_on_the_stop(self) -> None:
-        if self._served is not None:
-            self._served.stop()
+    def abandon(self) -> None:
+        self._pass_on(ServedQueue.abandon)
+
+    def _pass_on(self, end: Callable[[ServedQueue], None]) -> None:
+        def pass_on() -> None:
+            if self._served is not None:
+                end(self._served)
+
+        self._asked = True
+        self._data_loop.call_soon_threadsafe(pass_on)
 
 
 def _resolve(finished: asyncio.Future[QueueBroken | None], index: int, error: Exception | None, *, asked: bool) -> None:
@@ -281,6 +294,12 @@ class ServedQueue:
         self._wake.set()
         if not self._queue.out:
             self._stopped.set()
+
+    def abandon(self) -> None:
+        """``run`` ends as soon as ``serving`` lets itself be cancelled; requests under way are not completed."""
+        self._stopping = True
+        self._wake.set()
+        self._stopped.set()
 
     async def run(self, serving: asyncio.Future[None]) -> None:
         """Waits for the end of ``serving``, or for the stop, and then cancels it."""

@@ -105,6 +105,8 @@ class Device:
         """Serves one request: ``request.read``, ``request.write``.
 
         On return the request is completed with what was written into it, unless ``request.complete`` was called.
+        Cancelled if it has not returned some seconds after the front-end has gone; the request is then not completed,
+        and comes again.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither handle() nor serve() nor engine()")
 

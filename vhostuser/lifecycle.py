@@ -93,7 +93,7 @@ class Lifecycle:
         if any(ring.running for ring in rings or self.rings):
             async with self._lock:
                 for ring in rings or self.rings:
-                    await ring.halt()
+                    await ring.halt(self._free_callers)
                 yield
         else:
             yield
@@ -109,7 +109,7 @@ class Lifecycle:
         """Stops everything, so that the device starts again with what has changed."""
         async with self._lock:
             for ring in self.rings:
-                await ring.halt()
+                await ring.halt(self._free_callers)
             await self._stop_device()
         self._changed.set()
 
@@ -128,6 +128,16 @@ class Lifecycle:
         self.dirty_log = self.inflight = None
         if self.data is not None:
             await self.data.close()
+
+    def abandon(self) -> None:
+        """The front-end has gone and requests do not end: a device in Python is cancelled, they are not completed.
+
+        Whoever serves the rings next gets them again, by the in-flight region or by the used index.
+        """
+        if any(ring.running for ring in self.rings):
+            log.warning("%s: requests that do not end are given up: the front-end has gone", self._name)
+        for ring in self.rings:
+            ring.abandon()
 
     # ---- what is wanted
 
@@ -181,7 +191,7 @@ class Lifecycle:
         """Call with the lock held."""
         for ring in self.rings:
             if self._runs_unwanted(ring):
-                await ring.halt()
+                await ring.halt(self._free_callers)
         if not self._any_wanted():
             await self._stop_device()
 
@@ -202,6 +212,11 @@ class Lifecycle:
         log.error("%s: the device does not %s: %s", self._name, what, error, exc_info=surprise)
         self._ending = True
         self._failed()
+
+    def _free_callers(self) -> None:
+        # Of all rings: those of a device in Python share a thread.
+        for ring in self.rings:
+            ring.free_caller()
 
     # ---- one ring
 

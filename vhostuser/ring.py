@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import stat
 import sys
 from collections.abc import Callable
@@ -23,24 +24,28 @@ from vhostuser.virtqueue import DeviceQueue, InflightRegion, RingSetup
 
 _EVENTFD = Path("anon_inode:[eventfd]")
 
+# How long a stop is waited for before something is done about it, in seconds, again and again.
+_DELAY = 0.1
+
 POLLED = -1
 """The kick of a ring whose front-end gave none: the ring is polled."""
 
 
-def usable_event(fd: int, name: str) -> int:
-    """Makes an eventfd (or pipe) that came from the front-end safe to wait on and to signal.
+def usable_event(fd: int, name: str, *, pipe: bool) -> int:
+    """Makes an eventfd, or with ``pipe`` a pipe, that came from the front-end safe to wait on and to signal.
 
     A peer may pass anything: a blocking descriptor would stop the thread that signals it, a plain file cannot be waited
-    for, and whoever waits for a pidfd or an O_PATH would spin. Raises RequestRefused for those that cannot be used; the
+    for, and whoever waits for a pidfd or an O_PATH would spin. ``pipe`` is for waiting only: a thread that waits for
+    room in a full pipe could be let go by its reader alone. Raises RequestRefused for those that cannot be used; the
     caller still owns ``fd`` then.
     """
     try:
-        usable = stat.S_ISFIFO(os.fstat(fd).st_mode) or Path(f"/proc/self/fd/{fd}").readlink() == _EVENTFD
+        usable = Path(f"/proc/self/fd/{fd}").readlink() == _EVENTFD or (pipe and stat.S_ISFIFO(os.fstat(fd).st_mode))
         os.set_blocking(fd, False)
     except OSError:
         usable = False
     if not usable:
-        raise RequestRefused(f"the {name} descriptor is neither an eventfd nor a pipe")
+        raise RequestRefused(f"the {name} descriptor is no eventfd{' and no pipe' * pipe}")
     return fd
 
 
@@ -187,20 +192,38 @@ class Ring:
         self.call()
         return self._runner
 
-    async def halt(self) -> None:
+    async def halt(self, delayed: Callable[[], None]) -> None:
         """Stops serving: waits until every request that was taken is completed; then ``base`` is the next index.
 
-        Waits as long as guest memory or the device makes a request wait; the caller watches for the loss of the
-        front-end. A ring that broke is left with its code in ``broken``.
+        Waits as long as guest memory or the device makes a request wait, and calls ``delayed`` from time to time; the
+        caller watches for the loss of the front-end. A ring that broke is left with its code in ``broken``.
         """
         runner = self._runner
         if runner is None:
             return
         runner.stop()
-        self.broken = await asyncio.shield(runner.finished) or self.broken
+        while not runner.finished.done():
+            if not (await asyncio.wait((runner.finished,), timeout=_DELAY))[0]:
+                delayed()
+        self.broken = runner.finished.result() or self.broken
         if self._runner is runner:
             self._runner = None
             self._close_queue()
+
+    def abandon(self) -> None:
+        """Stops serving without waiting for requests that do not end; ``halt`` as ever."""
+        if self._runner is not None:
+            self._runner.abandon()
+
+    def free_caller(self) -> None:
+        """Lets a thread go that waits in a call.
+
+        The eventfd is the front-end's too: it can be made a blocking one and filled. One that has room is left alone,
+        or a call that the driver has not yet seen would be lost.
+        """
+        if self._call >= 0 and not _has_room(self._call):
+            with contextlib.suppress(OSError):
+                os.preadv(self._call, [bytearray(8)], -1, os.RWF_NOWAIT)
 
     def _close_queue(self) -> None:
         if self._queue is not None:
@@ -238,6 +261,12 @@ def _signal(fd: int) -> None:
     with contextlib.suppress(OSError):
         os.set_blocking(fd, False)
         os.write(fd, (1).to_bytes(8, sys.byteorder))
+
+
+def _has_room(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def _replace(number: int, fd: int) -> int:

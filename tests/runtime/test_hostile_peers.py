@@ -16,6 +16,8 @@ import pytest
 from tests.conftest import Pair, connect
 from tests.runtime.test_lifecycle import Echo, answer, ask, quiet
 from vhostuser.backend import Backend
+from vhostuser.devices.blk import Blk, BlkSettings
+from vhostuser.devices.image import Image
 from vhostuser.frontend import Frontend
 from vhostuser.protocol import Config, FrontendRequest, Inflight, ProtocolFeature, RequestRefused, VringFd, VringState
 
@@ -286,6 +288,49 @@ async def test_a_kick_whose_other_end_is_gone_does_not_spin(pairs: Callable[...,
     before = time.process_time()
     await asyncio.sleep(0.2)
     assert time.process_time() - before < 0.1
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+async def test_a_call_that_blocks_does_not_hold_up_a_stop(pairs: Callable[..., Pair], stopped: int) -> None:
+    """The front-end shares the eventfd's flags and counter. Rings of a device in Python share a thread."""
+    pair = pairs(Echo())
+    await pair.set_up(rings=2)
+    for ring in (0, 1):
+        await ask(pair, b"x", ring=ring)
+        assert await answer(pair, ring=ring) == b"X"
+    block(pair.rings[0].call_fd)
+    await ask(pair, b"y")
+    await until(lambda: pair.rings[0].queue.take() is not None)
+    assert await asyncio.wait_for(pair.frontend.stop_ring(pair.rings[stopped]), 5) == 2 - stopped
+
+
+async def test_a_call_that_blocks_does_not_keep_an_engine(pairs: Callable[..., Pair], tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    pair = pairs(Blk(Image(tmp_path / "disk"), BlkSettings()))
+    await pair.set_up(event_idx=False)
+    await ask(pair, bytes(16))
+    assert len(await answer(pair)) == 1
+    block(pair.rings[0].call_fd)
+    await ask(pair, bytes(16))
+    await until(lambda: pair.rings[0].queue.take() is not None)
+    pair.frontend.close()
+    await asyncio.wait_for(pair.serving, 5)
+
+
+def block(eventfd: int) -> None:
+    """Whoever signals it from now on waits."""
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(eventfd)
+    os.eventfd_write(eventfd, (1 << 64) - 2)
+    os.set_blocking(eventfd, True)
+
+
+async def test_a_pipe_as_call_is_refused(pairs: Callable[..., Pair], pipe: tuple[int, int]) -> None:
+    """Who waits for room in a pipe is at its reader's mercy."""
+    pair = pairs(Echo())
+    await pair.set_up()
+    with pytest.raises(RequestRefused):
+        await pair.frontend.request(F.SET_VRING_CALL, VringFd(0), (pipe[1],))
 
 
 # ---- the back-end channel

@@ -176,6 +176,45 @@ async def test_a_device_that_fails_in_stop_ends_its_connection_and_no_more(
     assert pair.serving.exception() is None
 
 
+@pytest.mark.parametrize("stopping", [False, True])
+async def test_a_handler_that_never_returns_does_not_keep_the_next_front_end_out(
+    pairs: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, stopping: bool
+) -> None:
+    """Its request is not completed, so it comes again; also when the front-end left while it waited for the stop."""
+    monkeypatch.setattr("vhostuser.connection._GRACE", 0.05)
+    device = Echo()
+    pair = pairs(device)
+    await pair.set_up(rings=2)
+    device.gate.clear()
+    for ring in (0, 1):
+        await ask(pair, b"for ever", ring=ring)
+        await device.taken(b"for ever")
+    if stopping:
+        asked = asyncio.ensure_future(pair.frontend.stop_ring(pair.rings[0]))
+        await asyncio.sleep(0.01)
+        asked.cancel()
+    pair.frontend.close()
+    await asyncio.wait_for(pair.serving, 5)
+    assert device.events == ["start", "stop"]
+    assert [ring.queue.take() for ring in pair.rings] == [None, None]
+
+
+async def test_requests_that_end_soon_are_completed_for_a_front_end_that_has_gone(pairs: Callable[..., Pair]) -> None:
+    device = Echo()
+    pair = pairs(device)
+    await pair.set_up()
+    device.gate.clear()
+    await ask(pair, b"soon")
+    await device.taken(b"soon")
+    data = pair.backend.connections[0].data
+    assert data is not None
+    pair.frontend.close()
+    await asyncio.sleep(0.02)
+    data.loop.call_soon_threadsafe(device.gate.set)
+    await asyncio.wait_for(pair.serving, 5)
+    assert pair.rings[0].queue.take() == (0, 4)
+
+
 # ---- rings that end by themselves
 
 
