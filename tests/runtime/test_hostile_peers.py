@@ -18,7 +18,7 @@ from tests.runtime.test_lifecycle import Echo, answer, ask, quiet
 from vhostuser.backend import Backend
 from vhostuser.devices.blk import Blk, BlkSettings
 from vhostuser.devices.image import Image
-from vhostuser.frontend import Frontend
+from vhostuser.frontend import Frontend, FrontendRing
 from vhostuser.protocol import Config, FrontendRequest, Inflight, ProtocolFeature, RequestRefused, VringFd, VringState
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -298,7 +298,7 @@ async def test_a_call_that_blocks_does_not_hold_up_a_stop(pairs: Callable[..., P
     for ring in (0, 1):
         await ask(pair, b"x", ring=ring)
         assert await answer(pair, ring=ring) == b"X"
-    block(pair.rings[0].call_fd)
+    block(pair.rings[0])
     await ask(pair, b"y")
     await until(lambda: pair.rings[0].queue.take() is not None)
     assert await asyncio.wait_for(pair.frontend.stop_ring(pair.rings[stopped]), 5) == 2 - stopped
@@ -307,22 +307,23 @@ async def test_a_call_that_blocks_does_not_hold_up_a_stop(pairs: Callable[..., P
 async def test_a_call_that_blocks_does_not_keep_an_engine(pairs: Callable[..., Pair], tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(4096))
     pair = pairs(Blk(Image(tmp_path / "disk"), BlkSettings()))
-    await pair.set_up(event_idx=False)
+    await pair.set_up()
     await ask(pair, bytes(16))
     assert len(await answer(pair)) == 1
-    block(pair.rings[0].call_fd)
+    block(pair.rings[0])
     await ask(pair, bytes(16))
     await until(lambda: pair.rings[0].queue.take() is not None)
     pair.frontend.close()
     await asyncio.wait_for(pair.serving, 5)
 
 
-def block(eventfd: int) -> None:
-    """Whoever signals it from now on waits."""
+def block(ring: FrontendRing) -> None:
+    """Whoever calls for the next request waits."""
+    ring.queue.arm()
     with contextlib.suppress(BlockingIOError):
-        os.eventfd_read(eventfd)
-    os.eventfd_write(eventfd, (1 << 64) - 2)
-    os.set_blocking(eventfd, True)
+        os.eventfd_read(ring.call_fd)
+    os.eventfd_write(ring.call_fd, (1 << 64) - 2)
+    os.set_blocking(ring.call_fd, True)
 
 
 async def test_a_pipe_as_call_is_refused(pairs: Callable[..., Pair], pipe: tuple[int, int]) -> None:
