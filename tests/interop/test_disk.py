@@ -1,7 +1,10 @@
 """The disk as the guest's Linux sees and uses it; every byte is compared with the image on the host."""
 
 import asyncio
+import base64
 import hashlib
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +75,61 @@ async def test_discard(bench: Bench) -> None:
     assert image.read_bytes() == expected
     assert allocated - image.stat().st_blocks >= 8 * MIB // 512
     assert await Disk(bench.guest, image).guest_md5(0, 32) == hashlib.md5(expected).hexdigest()
+
+
+FALLOC_FL_PUNCH_HOLE_KEEP_SIZE = 3
+FALLOC_FL_ZERO_RANGE_KEEP_SIZE = 17
+
+# busybox has nothing that writes zeroes by a request of their own. Without a C library it is small enough for the
+# guest's serial port.
+FALLOCATE = """
+static long call(long number, long a, long b, long c, long d)
+{
+    register long fourth __asm__("r10") = d;
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c), "r"(fourth)
+                     : "rcx", "r11", "memory");
+    return result;
+}
+
+void _start(void)
+{
+    long disk = call(2 /* open */, (long)"/dev/vda", 2, 0, 0);
+    call(60 /* exit */, call(285 /* fallocate */, disk, MODE, OFFSET, LENGTH) != 0, 0, 0, 0);
+}
+"""
+
+
+def fallocate(directory: Path, mode: int, offset: int, length: int) -> str:
+    """The command that calls fallocate(2) on the disk: a write-zeroes request, with UNMAP if it is to punch a hole."""
+    program = directory / "fallocate"
+    numbers = [f"-DMODE={mode}", f"-DOFFSET={offset}", f"-DLENGTH={length}"]
+    command = ["gcc", "-O1", "-static", "-nostdlib", "-s", "-Wl,--build-id=none", "-x", "c", "-", "-o", str(program)]
+    subprocess.run([*command, *numbers], input=FALLOCATE, text=True, check=True)
+    text = base64.b64encode(program.read_bytes()).decode()
+    return f"echo {text} | base64 -d >/tmp/fallocate && chmod +x /tmp/fallocate && /tmp/fallocate"
+
+
+async def test_write_zeroes(bench: Bench) -> None:
+    """Zeroes that are to stay allocated and zeroes that are not, and nothing beside them."""
+    image = bench.disk(32)
+    content = bytearray(image.read_bytes())
+    backend = await bench.backend(image)
+    await bench.machine(Hardware(), backend)
+    await bench.guest.booted()
+
+    async def zeroed(mode: int, offset: int) -> int:
+        """Zeroes 4 MiB; the 512-byte blocks by which the image became smaller."""
+        before = image.stat().st_blocks
+        await bench.guest.run(fallocate(bench.directory, mode, offset, 4 * MIB))
+        content[offset : offset + 4 * MIB] = bytes(4 * MIB)
+        assert image.read_bytes() == content
+        return before - image.stat().st_blocks
+
+    assert await zeroed(FALLOC_FL_ZERO_RANGE_KEEP_SIZE, 4 * MIB) == 0
+    assert await zeroed(FALLOC_FL_PUNCH_HOLE_KEEP_SIZE, 16 * MIB) >= 4 * MIB // 512
+    assert (await backend.state())["device"]["counters"]["write_zeroes"] >= 2
+    assert await Disk(bench.guest, image).guest_md5(0, 32) == hashlib.md5(content).hexdigest()
 
 
 async def test_what_the_options_promise(bench: Bench) -> None:
