@@ -11,6 +11,7 @@ from vhostuser.device import Device
 from vhostuser.tools.service import serve_device
 from vhostuser.virtqueue import Request
 
+HEADER = struct.Struct("<IIQ")
 SECTOR = 512
 READ, WRITE, FLUSH = 0, 1, 4
 OK, IOERR, UNSUPP = b"\0", b"\1", b"\2"
@@ -20,13 +21,13 @@ class RamDisk(Device):
     virtio_id = 2
 
     def __init__(self, size: int) -> None:
-        self.disk = bytearray(size)
+        self.disk = memoryview(bytearray(size))
 
     def config(self) -> bytes:
         return struct.pack("<Q", len(self.disk) // SECTOR)
 
     async def handle(self, request: Request) -> None:
-        kind, _, sector = struct.unpack("<IIQ", request.read(16))
+        kind, _, sector = HEADER.unpack(request.read(16))
         room = request.writable - 1  # the last writable byte is the status
         start = sector * SECTOR
         length = room if kind == READ else request.readable - 16
@@ -37,10 +38,10 @@ class RamDisk(Device):
         elif start + length > len(self.disk):
             status = IOERR
         elif kind == READ:
-            request.write(memoryview(self.disk)[start : start + length])
+            request.write(self.disk[start : start + length])
             status = OK
         else:
-            self.disk[start : start + length] = request.read(length, offset=16)
+            request.read_into(self.disk[start : start + length], offset=16)
             status = OK
         request.write(status, offset=room)
 

@@ -27,7 +27,9 @@ BATCH = 128
 
 _PEEK = Struct(f"QQQ{lib.VU_PEEK}s")
 _SCRATCH = 64 * 1024
+# Looked up once: a device in Python calls them for every request.
 _write = lib.vu_chain_write
+_from_buffer = ffi.from_buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Request:
 
     def read_into(self, buffer: bytearray | memoryview, offset: int = 0) -> int:
         """Copies readable bytes from ``offset`` into ``buffer``; returns how many. *Touches*. Raises MemoryLost."""
-        target = ffi.from_buffer(buffer, require_writable=True)
+        target = _from_buffer(buffer, require_writable=True)
         return _copied(lib.vu_chain_read(self._queue.native, self._chain, offset, target, len(target)))
 
     def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
@@ -110,9 +112,9 @@ class Request:
 
         Raises MemoryLost.
         """
-        source = data if type(data) is bytes else ffi.from_buffer(data)
+        source = data if type(data) is bytes else _from_buffer(data)
         try:
-            # Past the property: this is the hottest call of a device in Python.
+            # Past the property, which costs as much as the copy of a sector.
             count: int = _write(self._queue._native, self._chain, offset, source, len(source))
         except TypeError:
             self._queue.native  # noqa: B018 (raises ValueError if the queue is closed)
@@ -141,7 +143,9 @@ class Request:
         if self.completed:
             raise ValueError("the request was completed before")
         self.completed = True
-        self._queue.finish(self._chain, self._written if written is None else min(written, self.writable))
+        if written is not None:
+            self._written = min(written, self.writable)
+        self._queue.finish(self)
 
 
 class DeviceQueue:
@@ -177,8 +181,7 @@ class DeviceQueue:
         self._peeks = ffi.new("struct vu_peek[]", BATCH)
         self._peeked = ffi.buffer(self._peeks)
         self._scratch: Any = None
-        self._finished: list[Any] = []
-        self._lengths: list[int] = []
+        self._finished: list[Request] = []
 
     @property
     def native(self) -> Any:
@@ -206,14 +209,13 @@ class DeviceQueue:
             for chain, (readable, writable, length, head) in zip(chains[0:count], peeked, strict=True)
         ]
 
-    def finish(self, chain: Any, length: int) -> None:
+    def finish(self, request: Request) -> None:
         """For ``Request.complete``. After ``close`` it does nothing: the driver will not hear of it."""
         if self._native is None:
             return
         if not self._finished and self.on_finished is not None:
             self.on_finished()
-        self._finished.append(chain)
-        self._lengths.append(length)
+        self._finished.append(request)
 
     def flush(self) -> None:
         """Returns what was completed to the driver in one step, and calls it once if it wants to be called. *Touches*.
@@ -222,9 +224,11 @@ class DeviceQueue:
         """
         native = self.native
         if finished := self._finished:
-            lengths, self._finished, self._lengths = self._lengths, [], []
+            self._finished = []
             self.out -= len(finished)
-            self._checked(lib.vu_queue_push(native, finished, lengths, len(finished)))
+            chains = [request._chain for request in finished]
+            lengths = [request._written for request in finished]
+            self._checked(lib.vu_queue_push(native, chains, lengths, len(finished)))
         result = lib.vu_queue_signal(native)
         if result < 0:
             self.check()  # else the call descriptor is of no use, which is the front-end's affair
