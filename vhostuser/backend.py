@@ -22,6 +22,7 @@ from vhostuser.wake_service import WakeService
 
 log = logging.getLogger("vhostuser")
 
+# How long to wait before a socket is tried again, in seconds: each time twice as long.
 _FIRST_RETRY, _LONGEST_RETRY = 0.1, 5.0
 
 
@@ -38,6 +39,8 @@ class Backend:
 
     ``record``: where memory that is being migrated into is remembered, so that a back-end that is restarted in the
     middle does not touch its holes; normally beside the socket. None: not remembered.
+
+    ``mem_slots``: the answer to GET_MAX_MEM_SLOTS; with 0 memory comes in whole tables only.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What an author of a device subclasses.
 
 What belongs here: the contract between a device and the runtime. What does not: sockets, messages, the life of rings
-(``connection``), threads (``dataplane``).
+(``lifecycle``), threads (``dataplane``).
 
 A device is written in one of three tiers, the first that is fast enough:
 

@@ -1,7 +1,7 @@
 """One ring of a connection: what the front-end told about it, its descriptors, and the thread that serves it.
 
 What belongs here: the owner of a ring's eventfds and its start and stop. What does not: whether it should run, which
-the session's state machine and ``connection`` decide.
+``lifecycle`` decides.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rings as a device sees them.
 
 What belongs here: the typed face of the native queues, batching, who may call what when. What does not: threads and
-event loops (``dataplane``), when a ring runs (``connection``), what requests mean (``devices``).
+event loops (``dataplane``), when a ring runs (``lifecycle``), what requests mean (``devices``).
 
 What is marked *touches* reads or writes guest memory and may block for as long as a missing page takes to arrive; it is
 never called on the control thread.

@@ -17,7 +17,7 @@ import vhostuser.driverqueue
 import vhostuser.frontend
 import vhostuser.protocol
 from tests.conftest import Pair
-from tests.runtime.test_lifecycle import DATA, next_used
+from tests.runtime.echo import DATA, next_used
 
 ROOT = Path(__file__).parents[2]
 

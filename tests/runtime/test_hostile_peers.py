@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Pair, connect
-from tests.runtime.test_lifecycle import Echo, answer, ask, quiet
+from tests.runtime.echo import Echo, answer, ask, quiet
 from vhostuser.backend import Backend
 from vhostuser.devices.blk import Blk, BlkSettings
 from vhostuser.devices.image import Image

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tests.conftest import connect, open_fds, threads
-from tests.runtime.test_lifecycle import Echo, answer, ask
+from tests.runtime.echo import Echo, answer, ask
 from vhostuser.dataplane import new_event_loop
 from vhostuser.device import Device
 from vhostuser.protocol import FrontendRequest, Inflight

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import MIB, Pair, open_fds
-from vhostuser.device import Device, DeviceFailed
+from tests.runtime.echo import DATA, Echo, answer, ask, next_used, quiet
+from vhostuser.device import DeviceFailed
 from vhostuser.frontend import SharedMemory
 from vhostuser.protocol import (
     U64,
@@ -27,85 +28,7 @@ from vhostuser.protocol import (
 )
 from vhostuser.virtqueue import Request
 
-DATA = 2 * MIB
-"""Guest address of the tests' buffers, behind the rings."""
-
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-class Echo(Device):
-    """Returns every request's bytes in upper case; counts starts and stops."""
-
-    virtio_id = 63
-    queues = 2
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.control = asyncio.get_running_loop()
-        self.entered: asyncio.Queue[bytes] = asyncio.Queue()
-        self.space = bytearray(b"0123456789")
-
-    def config(self) -> bytes:
-        return bytes(self.space)
-
-    def set_config(self, offset: int, data: bytes, *, migration: bool) -> None:
-        if offset + len(data) > 4 and not migration:
-            raise RequestRefused("only the first four bytes are writable")
-        self.space[offset : offset + len(data)] = data
-
-    async def start(self, features: int) -> None:
-        self.events.append("start")
-
-    async def stop(self) -> None:
-        self.events.append("stop")
-
-    async def handle(self, request: Request) -> None:
-        text = request.read()
-        self.control.call_soon_threadsafe(self.entered.put_nowait, text)
-        await self.gate.wait()
-        request.write(text.upper())
-
-    async def taken(self, text: bytes) -> None:
-        """Waits on the control loop until ``handle`` has that request."""
-        while await asyncio.wait_for(self.entered.get(), 5) != text:
-            pass
-
-
-async def ask(pair: Pair, text: bytes, ring: int = 0, *, kick: bool = True) -> int:
-    """Offers one request and kicks; its head."""
-    assert pair.memory is not None
-    at = DATA + ring * 64 * 1024
-    pair.memory.map.write(at, text)
-    head = pair.rings[ring].queue.offer(readable=[(at, len(text))], writable=[(at + 4096, len(text))])
-    pair.rings[ring].queue.publish()
-    if kick:
-        pair.rings[ring].kick()
-    return head
-
-
-async def answer(pair: Pair, ring: int = 0) -> bytes:
-    """Waits for one used request and returns what was written."""
-    assert pair.memory is not None
-    used = await next_used(pair, ring)
-    return pair.memory.map.read(DATA + ring * 64 * 1024 + 4096, used[1])
-
-
-async def next_used(pair: Pair, ring: int = 0) -> tuple[int, int]:
-    """Waits for the next used chain: its head and the bytes written."""
-    queue = pair.rings[ring].queue
-    while (used := queue.take()) is None:
-        if not queue.arm():
-            await asyncio.wait_for(pair.rings[ring].called(), 5)
-    return used
-
-
-async def quiet(pair: Pair) -> None:
-    """A round trip of the control thread: whatever it was going to do about earlier events is done."""
-    for _ in range(3):
-        await pair.frontend.get(FrontendRequest.GET_FEATURES)
-        await asyncio.sleep(0)
 
 
 async def test_a_request_makes_the_round_trip(pairs: Callable[..., Pair]) -> None:
@@ -188,7 +111,7 @@ async def test_get_vring_base_waits_for_requests_under_way(pairs: Callable[..., 
     stopping = asyncio.ensure_future(pair.frontend.stop_ring(pair.rings[0]))
     done, _ = await asyncio.wait((stopping,), timeout=0.05)
     assert not done
-    pair.backend.connections[0].data.loop.call_soon_threadsafe(device.gate.set)
+    device.release()
     assert await asyncio.wait_for(stopping, 5) == 2
     assert pair.rings[0].queue.take() is not None, "the request was completed before the ring stopped"
     assert device.events == ["start", "stop"], "the device is stopped before the front-end learns of it"
@@ -357,7 +280,7 @@ async def test_suspended_handlers_do_not_hold_up_others(pairs: Callable[..., Pai
     for word in (b"a", b"b", b"c"):
         await ask(pair, word)
         await device.taken(word)
-    pair.backend.connections[0].data.loop.call_soon_threadsafe(device.gate.set)
+    device.release()
     heads = {(await next_used(pair))[0] for _ in range(3)}
     assert len(heads) == 3
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import MIB, Pair, threads
-from tests.runtime.test_lifecycle import Echo, answer, ask, quiet
+from tests.runtime.echo import Echo, answer, ask, quiet
 from vhostuser.dataplane import ServedQueue
 from vhostuser.frontend import SharedMemory
 from vhostuser.protocol import (
@@ -206,11 +206,9 @@ async def test_requests_that_end_soon_are_completed_for_a_front_end_that_has_gon
     device.gate.clear()
     await ask(pair, b"soon")
     await device.taken(b"soon")
-    data = pair.backend.connections[0].data
-    assert data is not None
     pair.frontend.close()
     await asyncio.sleep(0.02)
-    data.loop.call_soon_threadsafe(device.gate.set)
+    device.release()
     await asyncio.wait_for(pair.serving, 5)
     assert pair.rings[0].queue.take() == (0, 4)
 
@@ -253,7 +251,7 @@ async def test_a_ring_that_breaks_while_it_is_being_stopped(pairs: Callable[...,
     pair.memory.map.write(pair.rings[0].queue.avail + 2, (1000).to_bytes(2, "little"))
     stopping = asyncio.ensure_future(pair.frontend.stop_ring(pair.rings[0]))
     await asyncio.sleep(0.01)
-    pair.backend.connections[0].data.loop.call_soon_threadsafe(device.gate.set)
+    device.release()
     await asyncio.wait_for(stopping, 5)
     await ask(pair, b"one", ring=1)
     assert await answer(pair, ring=1) == b"ONE"
@@ -287,7 +285,7 @@ async def test_kicks_that_come_while_the_ring_is_halted_are_served(pairs: Callab
     pair.rings[0].queue.offer(readable=[(2 * MIB + 8192, 5)], writable=[(2 * MIB + 12288, 5)])
     pair.rings[0].queue.publish()
     pair.rings[0].kick()
-    pair.backend.connections[0].data.loop.call_soon_threadsafe(device.gate.set)
+    device.release()
     await asyncio.wait_for(changing, 5)
     assert await answer(pair) == b"SLOW"
     await asyncio.wait_for(device.taken(b"late!"), 5)

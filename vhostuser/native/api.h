@@ -94,7 +94,7 @@ typedef struct {
  * pages. Returns how many; fewer than max - VU_LOG_RANGES + 1 only at the end of the log. *page is where to go on. */
 int vu_log_take(vu_log *log, uint64_t *page, vu_range *ranges, uint32_t max);
 
-/* ---- device side of a ring (split.c; packed.c joins behind the same names) --------------------------- */
+/* ---- device side of a ring (queue.c whatever the format, split.c) -------------------------------- */
 
 typedef struct vu_queue vu_queue;
 typedef struct vu_inflight vu_inflight; /* the mapped in-flight region; reference counted */
@@ -102,7 +102,7 @@ typedef struct vu_touch vu_touch;       /* the pool of touch threads, see below 
 
 #define VU_RING_EVENT_IDX 1
 #define VU_RING_INDIRECT 2
-#define VU_RING_PACKED 4      /* refused with VU_E_SIZE until packed.c exists */
+#define VU_RING_PACKED 4      /* not served: refused with VU_E_SIZE */
 #define VU_RING_LOG_USED 8    /* VHOST_VRING_F_LOG: mark used ring writes at log_addr */
 #define VU_RING_GUEST_ADDR 16 /* desc, avail, used are guest addresses, not user addresses */
 
