@@ -1,0 +1,50 @@
+"""``vhostuser``: the tools, one subcommand each. The table below is all there is to adding one.
+
+What belongs here: which tools there are, and the way into them. What does not: their options (each tool's own parser).
+A tool is imported when it is asked for, so that the help needs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Final, NamedTuple, NoReturn
+
+PROGRAM = "vhostuser"
+
+
+class Tool(NamedTuple):
+    """A subcommand: the module whose ``main(program, arguments)`` gives the exit status, and a line for the help."""
+
+    module: str
+    summary: str
+
+
+TOOLS: Final = {
+    "postcopy": Tool("vhostuser.tools.postcopy.command", "try a back-end's postcopy on one machine, without a VM"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Ends the process: with the tool's status, or 2 for a tool that does not exist."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        sys.exit(0 if arguments else 2)
+    name, *rest = arguments
+    if name not in TOOLS:
+        print(f"{PROGRAM}: there is no tool {name!r}, only {', '.join(TOOLS)} (see {PROGRAM} --help)", file=sys.stderr)
+        sys.exit(2)
+    run: Callable[[str, Sequence[str]], int] = import_module(TOOLS[name].module).main
+    sys.exit(run(f"{PROGRAM} {name}", rest))
+
+
+def _help() -> str:
+    width = max(map(len, TOOLS)) + 2
+    lines = [f"  {name:<{width}}{tool.summary}" for name, tool in TOOLS.items()]
+    return "\n".join([f"usage: {PROGRAM} TOOL [OPTIONS]", "", *lines, "", f"{PROGRAM} TOOL --help: its options"])
+
+
+if __name__ == "__main__":
+    main()

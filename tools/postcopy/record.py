@@ -1,0 +1,213 @@
+"""What was seen of a run, as plain values: the only thing that the judgement, the report and the plot look at.
+
+What belongs here: observations, and what follows from them by arithmetic. What does not: what is right (``rules``).
+Times are nanoseconds of the monotonic clock; addresses are guest addresses unless they are said to be others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from vhostuser.tools.postcopy.truth import Difference
+
+
+class Outcome(StrEnum):
+    """How a message to the back-end ended."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    SILENT = "not answered"
+    WRONG = "answered against the protocol"
+    LOST = "connection lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One message of the handshake, or several that belong together, to one client."""
+
+    client: int
+    name: str
+    outcome: Outcome
+    seconds: float
+    text: str = ""
+    """Why, where it is not DONE."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a client answered for a region. ``right``: None where its address space could not be looked at."""
+
+    client: int
+    region: int
+    answered: int
+    right: bool | None
+    text: str = ""
+    """What lies at that address instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What was to be seen at a moment at which nobody had a reason to touch guest memory."""
+
+    moment: str
+    """``before ack`` or ``before rings``."""
+    faults: tuple[tuple[int, int], ...]
+    """(client, address of that client)."""
+    present: int
+    """Pages in the file, none of which we had placed."""
+
+
+class Happening(StrEnum):
+    """Kinds of events."""
+
+    FAULT = "fault"
+    PLACED = "placed"
+    WOKEN = "woken"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Of the fault server. ``client``: None for what concerns all, and for our own threads."""
+
+    at: int
+    kind: Happening
+    client: int | None
+    guest: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A question on the control socket. ``seconds``: None if no answer came in time."""
+
+    client: int
+    at: int
+    waiting: bool
+    """Whether a fault of this client was known to wait at that time."""
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """A request that was not completed though all its pages were there."""
+
+    client: int
+    request: int
+    seconds: float
+    """Since its last page was there, or since it was offered if that was later."""
+    asked: int
+    """Faults of this client on the request's pages and its ring."""
+    asleep: int | None
+    """Threads of the back-end that wait for a page, as the kernel tells; None if it does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request that was completed with another status than OK, or a ring that the device broke (``request`` -1)."""
+
+    client: int
+    request: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A completed request."""
+
+    client: int
+    request: int
+    write: bool
+    size: int
+    offered: int
+    completed: int
+
+
+@dataclass
+class Client:
+    """One back-end under test."""
+
+    name: str
+    pid: int | None = None
+    ended: str = ""
+    """How its process ended or its connection was lost, while it was still needed."""
+    faults: int = 0
+    wakes: int = 0
+    merged: int = 0
+    """Wakes that were issued together with a neighbour's."""
+    spurious: int = 0
+    """Faults on pages that were there already."""
+    foreign: tuple[int, ...] = ()
+    """Addresses of faults outside of the regions that it answered, some of them."""
+    histogram: tuple[int, ...] = ()
+    """Faults by the time until their wake: element n counts 2**n up to 2**(n + 1) us, element 0 all below 2."""
+    blocked_ns: int = 0
+    """The sum of these times."""
+
+
+@dataclass
+class Record:
+    """One run. ``label`` tells it from others of the same command."""
+
+    label: str = ""
+    clients: list[Client] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    bases: list[Base] = field(default_factory=list)
+    sightings: list[Sighting] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    lost_events: int = 0
+    """Events for which the fault server had no room."""
+    probes: list[Probe] = field(default_factory=list)
+    offered: dict[tuple[int, int], int] = field(default_factory=dict)
+    """When a client was first given a reason to touch a page; those of rings and canaries are not here."""
+    canaries: frozenset[int] = frozenset()
+    canaries_present: int = 0
+    """Of them, those that lay in the file before we placed them."""
+    filled: int = 0
+    """Other pages that lay in the file before we placed them: somebody touched them without a fault, and got zeros."""
+    stuck: list[Stuck] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    requests: list[Timed] = field(default_factory=list)
+    planned: int = 0
+    """Requests that were to be made."""
+    differences: list[Difference] = field(default_factory=list)
+    compared: int = 0
+    """Bytes of memory and disks that were compared in the end."""
+    began: int = 0
+    ended: int = 0
+    """From the first kick to the last page and request."""
+    pages: int = 0
+    page_size: int = 4096
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended - self.began) / 1e9
+
+    def step(self, client: int, name: str) -> Step | None:
+        """What became of that message, None if it was never sent."""
+        return next((step for step in self.steps if (step.client, step.name) == (client, name)), None)
+
+    def named(self, client: int | None) -> str:
+        """A client's name; ours for the front-end's own threads."""
+        return "front-end" if client is None else self.clients[client].name
+
+
+def waits(events: Iterable[Event], page_size: int) -> Iterator[tuple[Event, Event]]:
+    """Each fault with the wake that ended it; those that nothing ended are left out."""
+    waiting: defaultdict[tuple[int | None, int], list[Event]] = defaultdict(list)
+    for event in events:
+        if event.kind is Happening.FAULT:
+            waiting[event.client, event.guest].append(event)
+        elif event.kind is Happening.WOKEN:
+            for guest in range(event.guest, event.guest + event.size, page_size):
+                for fault in waiting.pop((event.client, guest), ()):
+                    yield fault, event
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """The smallest of the sorted ``values`` that ``percent`` of them do not exceed; 0 of none."""
+    if not values:
+        return 0.0
+    return values[min(len(values) - 1, max(0, -(-int(len(values) * percent) // 100) - 1))]
