@@ -44,6 +44,7 @@ def good_record(clients: int = 1) -> Record:
                 Event(at + 100_000, Happening.WOKEN, index, page * PAGE, PAGE),
             ]
     record.sightings += [Sighting("before ack", (), 0), Sighting("before rings", (), 0)]
+    record.regions = ((0, 2 << 20), (1 << 30, 2 << 20))
     record.canaries = frozenset({60 * PAGE})
     return record
 

@@ -29,6 +29,7 @@ shapes = st.builds(
     page_size=st.sampled_from([4096, HUGE]),
     clients=st.integers(1, 3),
     requests=st.sampled_from([0, 1, 7]),
+    withhold=st.sampled_from([0, 30, 100]),
     seed=st.integers(0, 100),
 )
 
@@ -58,6 +59,7 @@ def test_nobody_refers_to_a_canary(asked: Shape) -> None:
     except PlanError:
         return
     assert plan.canaries
+    assert not set(plan.canaries) & set(plan.withheld)
     for client in range(asked.clients):
         assert not plan.pages(areas_of(plan, client)) & set(plan.canaries)
 

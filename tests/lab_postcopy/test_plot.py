@@ -15,27 +15,26 @@ from vhostuser.tools.postcopy.rules import judge
 
 Good = Callable[..., Record]
 MIB = 1 << 20
-REGIONS = [(0, 2 * MIB), (1 << 30, 2 * MIB)]
 PAGE = 4096
 
 
 def test_times_count_from_the_first_kick_and_places_without_the_holes(good: Good) -> None:
     record = good()
     record.events = [Event(12_500_000, Happening.PLACED, None, (1 << 30) + MIB, PAGE)]
-    assert timeline(record, REGIONS).placed == Points([2.5], [3.0])
+    assert timeline(record).placed == Points([2.5], [3.0])
 
 
 def test_a_run_of_pages_is_a_point_for_each(good: Good) -> None:
     record = good()
     record.events = [Event(10_000_000, Happening.WOKEN, 0, 0, 3 * PAGE)]
-    assert len(timeline(record, REGIONS).lanes[0].wakes.ms) == 3
+    assert len(timeline(record).lanes[0].wakes.ms) == 3
 
 
 def test_a_lane_for_each_client_and_one_for_our_threads_if_they_waited(good: Good) -> None:
     record = good(2)
-    assert [lane.name for lane in timeline(record, REGIONS).lanes] == ["blk 0", "blk 1"]
+    assert [lane.name for lane in timeline(record).lanes] == ["blk 0", "blk 1"]
     record.events.append(Event(10_000_000, Happening.FAULT, None, 0, PAGE))
-    assert [lane.name for lane in timeline(record, REGIONS).lanes] == ["blk 0", "blk 1", ""]
+    assert [lane.name for lane in timeline(record).lanes] == ["blk 0", "blk 1", ""]
 
 
 def test_bars_cover_what_was_seen_and_no_more(good: Good) -> None:
@@ -51,13 +50,13 @@ def test_it_can_be_drawn(good: Good, tmp_path: Path, kind: str, runs: int) -> No
     pytest.importorskip("matplotlib")
     path = tmp_path / f"picture.{kind}"
     record = good(2)
-    draw([Result({}, record, judge(record))] * runs, REGIONS, path)
+    draw([Result({}, record, judge(record))] * runs, path)
     assert path.read_bytes().startswith({"svg": b"<?xml", "png": b"\x89PNG"}[kind])
 
 
 def test_a_run_without_a_fault_can_be_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    draw([Result({}, Record(), judge(Record()))], REGIONS, tmp_path / "picture.svg")
+    draw([Result({}, Record(), judge(Record()))], tmp_path / "picture.svg")
 
 
 def test_without_matplotlib_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +68,4 @@ def test_without_matplotlib_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyP
 def test_a_file_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(PlotError, match=r"^--plot: .*: No such file or directory$"):
-        draw([Result({}, Record(), judge(Record()))], REGIONS, tmp_path / "nowhere" / "picture.svg")
+        draw([Result({}, Record(), judge(Record()))], tmp_path / "nowhere" / "picture.svg")

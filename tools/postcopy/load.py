@@ -21,6 +21,7 @@ from vhostuser.dataplane import spawn
 from vhostuser.frontend import FrontendRing
 from vhostuser.memory import MemoryLost
 from vhostuser.protocol import QueueBroken
+from vhostuser.tools.postcopy.guest import Guest
 from vhostuser.tools.postcopy.plan import Area, Request
 from vhostuser.tools.postcopy.record import Failed, Timed
 from vhostuser.tools.postcopy.truth import NO_STATUS, Difference, Truth, differences
@@ -28,23 +29,6 @@ from vhostuser.tools.postcopy.truth import NO_STATUS, Difference, Truth, differe
 _STATUS = {1: "IOERR", 2: "UNSUPP", NO_STATUS: "no status at all"}
 _LOOK_AGAIN_MS = 100
 """A call may be swallowed by a broken back-end; whether requests were completed does not depend on it."""
-
-
-class GuestFiles:
-    """Guest memory as its files hold it: reading never waits and never fills a hole."""
-
-    def __init__(self, truth: Truth, fds: Iterable[int]) -> None:
-        self._plan = truth.plan
-        self._fds = tuple(fds)
-
-    def read(self, area: Area) -> bytes:
-        region, offset = self._plan.locate(area.guest)
-        return os.pread(self._fds[region], area.size, offset)
-
-    def write(self, guest: int, data: bytes) -> None:
-        """Only where the page is there: a hole would be filled with zeros around the data."""
-        region, offset = self._plan.locate(guest)
-        os.pwrite(self._fds[region], data, offset)
 
 
 class Open(NamedTuple):
@@ -66,7 +50,7 @@ class Load:
         client: int,
         ring: FrontendRing,
         truth: Truth,
-        files: GuestFiles,
+        guest: Guest,
         depth: int,
         on_offer: Callable[[int, Request, int], None],
     ) -> None:
@@ -77,7 +61,7 @@ class Load:
         self.failed: list[Failed] = []
         self.differences: list[Difference] = []
         self._truth = truth
-        self._files = files
+        self._guest = guest
         self._depth = depth
         self._on_offer = on_offer
         self._next: Iterator[Request] = iter(())
@@ -151,7 +135,7 @@ class Load:
             if time.monotonic_ns() >= until:
                 return
             if not any(one.request is request for one in self.open.values()):
-                self._files.write(request.status.guest, bytes([NO_STATUS]))
+                self._guest.write(request.status.guest, bytes([NO_STATUS]))
                 yield request
 
     def _fill(self) -> bool:
@@ -192,7 +176,7 @@ class Load:
 
     def _check(self, one: Open, now: int) -> None:
         request = one.request
-        status = self._files.read(request.status)[0]
+        status = self._guest.read(request.status)[0]
         if status:
             what = _STATUS.get(status, f"status {status}")
             self.failed.append(Failed(self.client, request.number, f"request {request.number} ended with {what}"))
@@ -201,7 +185,7 @@ class Load:
         if not request.write:
             for segment in request.segments:
                 where = f"a read of disk {self.client} into guest memory at {segment.guest:#x}"
-                self.differences += differences(where, self._truth.read(segment), self._files.read(segment))
+                self.differences += differences(where, self._truth.read(segment), self._guest.read(segment))
         self.done.append(Timed(self.client, request.number, request.write, request.length, one.offered, now))
 
     def _stopped_while_asleep(self) -> bool:

@@ -81,6 +81,8 @@ class Plan:
     rings: tuple[Area, ...]
     canaries: tuple[int, ...]
     """Guest addresses of pages that nobody has a reason to touch."""
+    withheld: tuple[int, ...]
+    """Of pages with data that come only when somebody waits for them."""
     requests: tuple[tuple[Request, ...], ...]
     sectors: tuple[int, ...]
     """Of each disk."""
@@ -114,7 +116,7 @@ class Plan:
 @dataclass(frozen=True)
 class Shape:
     """What a plan is made from. ``size``: bytes of guest memory in all. ``requests``: the most for each client, 0: as
-    many as there is memory for. ``ring_bytes``: of one ring."""
+    many as there is memory for. ``ring_bytes``: of one ring. ``withhold``: per cent."""
 
     size: int
     regions: int
@@ -122,6 +124,7 @@ class Shape:
     clients: int
     ring_bytes: int
     requests: int = 0
+    withhold: int = 0
     seed: int = 1
 
 
@@ -144,7 +147,9 @@ def make_plan(shape: Shape) -> Plan:
     segments = list(_segments(dice, regions, data, set(canaries), shape.page_size))
     dice.shuffle(segments)
     requests, sectors = _requests(dice, segments, slots.guest, shape)
-    return Plan(shape.page_size, regions, rings, canaries, requests, sectors)
+    busy = sorted({page for page in spare if page not in canaries})
+    withheld = tuple(sorted(dice.sample(busy, len(busy) * shape.withhold // 100)))
+    return Plan(shape.page_size, regions, rings, canaries, withheld, requests, sectors)
 
 
 def _whole(size: int, shape: Shape) -> int:

@@ -49,8 +49,8 @@ class Timeline:
     lanes: list[Lane]
 
 
-def timeline(record: Record, regions: Sequence[tuple[int, int]]) -> Timeline:
-    """regions: (guest address, bytes) of each, in order."""
+def timeline(record: Record) -> Timeline:
+    """A lane for each client, and one for our own threads if they had to wait."""
     lanes: list[int | None] = [*range(len(record.clients))]
     if any(event.client is None and event.kind is Happening.FAULT for event in record.events):
         lanes.append(None)
@@ -58,7 +58,9 @@ def timeline(record: Record, regions: Sequence[tuple[int, int]]) -> Timeline:
     def points(kind: Happening, client: int | None = None, *, everyone: bool = False) -> Points:
         found = [event for event in record.events if event.kind is kind and (everyone or event.client == client)]
         places = [(event.at, at) for event in found for at in _pages(event.guest, event.size, record.page_size)]
-        return Points([(at - record.began) / 1e6 for at, _ in places], [_place(guest, regions) for _, guest in places])
+        return Points(
+            [(at - record.began) / 1e6 for at, _ in places], [_place(guest, record.regions) for _, guest in places]
+        )
 
     return Timeline(
         points(Happening.PLACED, everyone=True),
@@ -111,7 +113,7 @@ def require() -> None:
     _pyplot()
 
 
-def draw(results: Sequence[Result], regions: Sequence[tuple[int, int]], path: Path) -> None:
+def draw(results: Sequence[Result], path: Path) -> None:
     """One run's timeline and histogram, or several runs beside each other, as PNG or SVG by the name of the file.
 
     Raises PlotError.
@@ -128,7 +130,7 @@ def draw(results: Sequence[Result], regions: Sequence[tuple[int, int]], path: Pa
         "svg.hashsalt": "vhostuser",
     }
     with pyplot.rc_context(settings):
-        figure = _run(pyplot, results[0], regions) if len(results) == 1 else _comparison(pyplot, results)
+        figure = _run(pyplot, results[0]) if len(results) == 1 else _comparison(pyplot, results)
         try:
             figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
         except OSError as error:
@@ -148,9 +150,9 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _run(pyplot: Any, result: Result, regions: Sequence[tuple[int, int]]) -> Any:
+def _run(pyplot: Any, result: Result) -> Any:
     record = result.record
-    data = timeline(record, regions)
+    data = timeline(record)
     height = 0.5 + 0.32 * len(data.lanes)
     figure, (memory, lanes, histogram) = pyplot.subplots(
         3, 1, figsize=(9, 6.2 + height), height_ratios=[3.4, height, 2.0], layout="constrained"

@@ -180,6 +180,8 @@ class Record:
     """From the first kick to the last page and request."""
     pages: int = 0
     page_size: int = 4096
+    regions: tuple[tuple[int, int], ...] = ()
+    """(guest address, bytes) of each."""
 
     @property
     def seconds(self) -> float:

@@ -1,0 +1,77 @@
+"""Guest memory of a run: made whole as at the source, then emptied as at the destination; its files are read past faults.
+
+What belongs here: the files and what is in them. What does not: what must be in them (``truth``), bringing pages
+(``pages``).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Self
+
+from vhostuser.frontend import SharedMemory
+from vhostuser.protocol import RequestRefused
+from vhostuser.tools.postcopy.plan import Area, Plan
+
+HUGE = 2 << 20
+_FREE = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+_TOTAL = "/proc/sys/vm/nr_hugepages"
+
+
+class GuestError(Exception):
+    """The machine has no such memory: one line, and the cure."""
+
+
+class Guest:
+    """Owns guest memory. Raises GuestError."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        if plan.page_size == HUGE:
+            _require_huge_pages(plan.size // HUGE)
+        try:
+            self.memory = SharedMemory(
+                *((region.guest, region.size) for region in plan.regions), hugetlb=plan.page_size == HUGE
+            )
+        except (OSError, RequestRefused) as error:
+            raise GuestError(f"{plan.size >> 20} MiB of guest memory: {error}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.memory.close()
+
+    def read(self, area: Area) -> bytes:
+        """What the file holds; never waits. A missing page reads as zeros, and is not filled by it."""
+        region, offset = self._plan.locate(area.guest)
+        return os.pread(self.memory.fds[region], area.size, offset)
+
+    def write(self, guest: int, data: bytes) -> None:
+        """Only where the page is there: a hole would be filled with zeros around the data."""
+        region, offset = self._plan.locate(guest)
+        os.pwrite(self.memory.fds[region], data, offset)
+
+    def empty(self) -> None:
+        """Makes every page missing."""
+        for fd, region in zip(self.memory.fds, self._plan.regions, strict=True):
+            os.truncate(fd, 0)
+            os.truncate(fd, region.size)
+
+    @property
+    def present(self) -> int:
+        """Pages in the files, whoever put them there."""
+        return sum(os.fstat(fd).st_blocks for fd in self.memory.fds) * 512 // self._plan.page_size
+
+
+def _require_huge_pages(wanted: int) -> None:
+    try:
+        free = int(_FREE.read_text())
+    except OSError:
+        raise GuestError("--page-size=2M: this kernel has no huge pages of 2 MiB") from None
+    if free < wanted:
+        raise GuestError(
+            f"--page-size=2M: {wanted} free huge pages of 2 MiB are needed, there are {free}: "
+            f"as root, write a number that is {wanted - free} larger to {_TOTAL}, or give less --memory"
+        )
