@@ -18,7 +18,7 @@ from vhostuser.tools.postcopy.record import (
     Step,
     Timed,
 )
-from vhostuser.tools.postcopy.rules import ACK, ADVISE, END, LISTEN, OFFER, RINGS, TABLE
+from vhostuser.tools.postcopy.rules import ACK, ADVISE, BEFORE_ACK, BEFORE_RINGS, END, LISTEN, OFFER, RINGS, TABLE
 
 MS = 1_000_000
 PAGE = 4096
@@ -43,7 +43,7 @@ def good_record(clients: int = 1) -> Record:
                 Event(at + 50_000, Happening.PLACED, None, page * PAGE, PAGE),
                 Event(at + 100_000, Happening.WOKEN, index, page * PAGE, PAGE),
             ]
-    record.sightings += [Sighting("before ack", (), 0), Sighting("before rings", (), 0)]
+    record.sightings += [Sighting(BEFORE_ACK, (), 0), Sighting(BEFORE_RINGS, (), 0)]
     record.regions = ((0, 2 << 20), (1 << 30, 2 << 20))
     record.canaries = frozenset({60 * PAGE})
     return record

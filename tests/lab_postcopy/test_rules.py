@@ -19,7 +19,19 @@ from vhostuser.tools.postcopy.record import (
     Step,
     Stuck,
 )
-from vhostuser.tools.postcopy.rules import ADVISE, END, LISTEN, OFFER, RINGS, RULES, TABLE, State, judge
+from vhostuser.tools.postcopy.rules import (
+    ADVISE,
+    BEFORE_ACK,
+    BEFORE_RINGS,
+    END,
+    LISTEN,
+    OFFER,
+    RINGS,
+    RULES,
+    TABLE,
+    State,
+    judge,
+)
 from vhostuser.tools.postcopy.truth import Difference
 
 Good = Callable[..., Record]
@@ -63,12 +75,12 @@ FAULTS: dict[str, tuple[str, Callable[[Record], None], str]] = {
     "listen": ("listen-not-acked", ends(LISTEN, Outcome.SILENT), "not answered"),
     "table": ("table-not-answered", ends(TABLE, Outcome.WRONG), "against the protocol"),
     "bases": ("wrong-bases", adds("bases", Base(0, 1, 0xABC000, False, "not mapped there")), "0xabc000"),
-    "outside": ("wrong-bases", of_client("foreign", (0xDEAD000, 0xBEEF000)), "0xdead000 and 1 more"),
-    "early-fault": ("touched-before-ack", sighted("before ack", 2, 0), "2 threads"),
-    "early-page": ("touched-before-ack", sighted("before ack", 0, 1), "1 page in the file"),
+    "outside": ("wrong-bases", of_client("stray", 2), "2 faults"),
+    "early-fault": ("touched-before-ack", sighted(BEFORE_ACK, 2, 0), "2 threads"),
+    "early-page": ("touched-before-ack", sighted(BEFORE_ACK, 0, 1), "1 page in the file"),
     "rings": ("set-up-failed", ends(RINGS, Outcome.REFUSED), "why"),
-    "prefault": ("prefaulted", sighted("before rings", 3, 0), "3 threads"),
-    "populate": ("prefaulted", sighted("before rings", 0, 64), "64 pages in the file"),
+    "prefault": ("prefaulted", sighted(BEFORE_RINGS, 3, 0), "3 threads"),
+    "populate": ("prefaulted", sighted(BEFORE_RINGS, 0, 64), "64 pages in the file"),
     "canary": ("prefaulted", adds("events", fault(60 * PAGE, 15_000_000)), "1 fault"),
     "too-early": ("prefaulted", adds("events", fault(PAGE, 9_000_000)), "1 fault"),
     "canary-filled": ("prefaulted", sets("canaries_present", 4), "4 pages"),

@@ -1,7 +1,7 @@
 """``vhostuser postcopy``: from the command line to the exit status.
 
-What belongs here: one run for each flow and wake policy that was asked for, and what is printed where. Tables and JSON go
-to stdout, progress and errors to stderr.
+What belongs here: one run for each flow and wake policy that was asked for, and what is printed where. Tables and JSON
+go to stdout, progress and errors to stderr.
 """
 
 from __future__ import annotations

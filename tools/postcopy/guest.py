@@ -1,4 +1,4 @@
-"""Guest memory of a run: made whole as at the source, then emptied as at the destination; its files are read past faults.
+"""Guest memory of a run: whole as at the source, then emptied as at the destination; its files are read past faults.
 
 What belongs here: the files and what is in them. What does not: what must be in them (``truth``), bringing pages
 (``pages``).

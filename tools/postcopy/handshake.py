@@ -16,6 +16,7 @@ from vhostuser.protocol import LocalProtocolError, ProtocolFeature, RemoteProtoc
 from vhostuser.tools.postcopy.record import Base, Outcome, Probe, Record, Step
 from vhostuser.tools.postcopy.rules import ACK, ADVISE, END, LISTEN, OFFER, RINGS, TABLE
 from vhostuser.tools.postcopy.subject import Subject, file_place
+from vhostuser.uffd import Fault, Userfaultfd
 
 T = TypeVar("T")
 
@@ -126,6 +127,10 @@ class Conversation:
             raise StepFailed from None
         self._record.probes.append(Probe(self.index, begin, waiting, seconds))
         return seconds is not None
+
+    def faults(self) -> list[Fault]:
+        """Those that wait now, which nobody serves; while the fault server does not know this back-end."""
+        return Userfaultfd(self.client.uffd).read()
 
     async def _step(self, name: str, work: Awaitable[T]) -> T:
         begin = time.monotonic()

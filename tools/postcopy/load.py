@@ -14,20 +14,22 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, cycle
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from vhostuser.dataplane import spawn
 from vhostuser.frontend import FrontendRing
 from vhostuser.memory import MemoryLost
 from vhostuser.protocol import QueueBroken
+from vhostuser.threads import spawn
 from vhostuser.tools.postcopy.guest import Guest
 from vhostuser.tools.postcopy.plan import Area, Request
 from vhostuser.tools.postcopy.record import Failed, Timed
-from vhostuser.tools.postcopy.truth import NO_STATUS, Difference, Truth, differences
+from vhostuser.tools.postcopy.truth import NO_STATUS, Difference, Truth, differences, header_of
 
 _STATUS = {1: "IOERR", 2: "UNSUPP", NO_STATUS: "no status at all"}
 _LOOK_AGAIN_MS = 100
+_SPOILT = 0xA5
 """A call may be swallowed by a broken back-end; whether requests were completed does not depend on it."""
 
 
@@ -39,7 +41,7 @@ class Open(NamedTuple):
 
 
 class Load:
-    """The driver of one back-end's ring; ``ring`` stays the caller's.
+    """The driver of one back-end's ring, which it owns; a context manager.
 
     Read ``open``, ``done``, ``failed``, ``differences`` and ``ended`` from any thread. depth: requests in flight.
     on_offer: called for each request when the device can see it, with the time.
@@ -89,10 +91,20 @@ class Load:
         self.ring.kick()
         self._run()
 
-    def repeat(self, requests: Iterable[Request]) -> None:
-        """Makes requests when memory is whole; ``ended`` tells when they are done."""
-        self._next = iter(requests)
+    def read_back(self, writes: Iterable[Request]) -> None:
+        """Reads from the disk what these have written, into the same buffers, after spoiling those. Memory is whole;
+        ``ended`` tells when it is done."""
+        self._next = (self._turned(request) for request in writes)
         self._run()
+
+    def _turned(self, request: Request) -> Request:
+        read = replace(request, write=False)
+        self._truth.store(read.header, header_of(read))
+        self._guest.write(read.header.guest, header_of(read))
+        self._guest.write(read.status.guest, bytes([NO_STATUS]))
+        for segment in read.segments:
+            self._guest.write(segment.guest, bytes([_SPOILT]) * segment.size)
+        return read
 
     def _run(self) -> None:
         self._thread = spawn(self._serve, f"driver {self.client}")
@@ -109,9 +121,14 @@ class Load:
             self._thread.join(within)
         return self._thread is None or not self._thread.is_alive()
 
-    def close(self) -> None:
-        """After the thread has ended."""
-        os.close(self._stop)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops. A thread that does not end keeps its descriptors, for as long as the process lives."""
+        if self.stop():
+            self.ring.close()
+            os.close(self._stop)
 
     # ---- the thread
 

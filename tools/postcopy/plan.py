@@ -11,7 +11,7 @@ pages that no request ever refers to, the *canaries*: a back-end that asks for o
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -104,6 +104,10 @@ class Plan:
         """Every page's guest address, in order."""
         for region in self.regions:
             yield from range(region.guest, region.end, self.page_size)
+
+    def all_pages_but(self, others: Collection[int]) -> Iterator[int]:
+        """Every page's guest address that is not among ``others``."""
+        return (page for page in self.all_pages() if page not in others)
 
     def locate(self, guest: int) -> tuple[int, int]:
         """The region's index and the offset in it. Raises LookupError."""

@@ -53,9 +53,9 @@ class Sighting:
     """What was to be seen at a moment at which nobody had a reason to touch guest memory."""
 
     moment: str
-    """``before ack`` or ``before rings``."""
+    """``rules.BEFORE_ACK`` or ``rules.BEFORE_RINGS``."""
     faults: tuple[tuple[int, int], ...]
-    """(client, address of that client)."""
+    """(client, address)."""
     present: int
     """Pages in the file, none of which we had placed."""
 
@@ -136,11 +136,11 @@ class Client:
     faults: int = 0
     wakes: int = 0
     merged: int = 0
-    """Wakes that were issued together with a neighbour's."""
+    """Pages that were waited for and woken together with a neighbour."""
     spurious: int = 0
-    """Faults on pages that were there already."""
-    foreign: tuple[int, ...] = ()
-    """Addresses of faults outside of the regions that it answered, some of them."""
+    """Wakes for which it was not known to wait."""
+    stray: int = 0
+    """Faults outside of the regions, at the addresses that it answered."""
     histogram: tuple[int, ...] = ()
     """Faults by the time until their wake: element n counts 2**n up to 2**(n + 1) us, element 0 all below 2."""
     blocked_ns: int = 0

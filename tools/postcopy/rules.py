@@ -100,6 +100,7 @@ ADVISE, LISTEN, ACK, RINGS, END = (
     "POSTCOPY_END",
 )
 OFFER, TABLE = "the negotiation", "the memory table"
+BEFORE_ACK, BEFORE_RINGS = "before the acknowledgement", "before the rings were set up"
 
 
 def _step(name: str, record: Record) -> Evidence:
@@ -131,9 +132,8 @@ def _bases(record: Record) -> Evidence:
         if base.right is False:
             yield base.client, f"{base.answered:#x} for region {base.region}: {base.text}"
     for index, client in enumerate(record.clients):
-        if client.foreign:
-            several = f" and {len(client.foreign) - 1} more" if len(client.foreign) > 1 else ""
-            yield index, f"a fault at its address {client.foreign[0]:#x}{several}, in no region as it answered them"
+        if client.stray:
+            yield index, f"{_count(client.stray, 'fault')} at addresses that lie in no region as it answered them"
 
 
 # ---- touching
@@ -144,14 +144,14 @@ def _sighted(moment: str, record: Record) -> Evidence:
         if sighting.moment != moment:
             continue
         for client, count in sorted(Counter(client for client, _ in sighting.faults).items()):
-            yield client, f"{_count(count, 'thread')} waited for a page of it {moment}"
+            yield client, f"{_count(count, 'thread')} waited for a page {moment}"
         if sighting.present:
             yield _only(record), f"{_count(sighting.present, 'page')} in the file {moment}; we had placed none"
 
 
 def _invented(record: Record) -> Evidence:
     """Pages asked for, or filled, that no ring and no request refers to (yet)."""
-    yield from _sighted("before rings", record)
+    yield from _sighted(BEFORE_RINGS, record)
     early: Counter[int] = Counter()
     for event in record.events:
         if event.kind is Happening.FAULT and event.client is not None and _unreasonable(record, event):
@@ -301,8 +301,8 @@ RULES: Final = (
     Rule(
         "touched-before-ack",
         "touches nothing of new memory before the front-end has acknowledged its addresses",
-        partial(_sighted, "before ack"),
-        lambda record: any(sighting.moment == "before ack" for sighting in record.sightings),
+        partial(_sighted, BEFORE_ACK),
+        lambda record: any(sighting.moment == BEFORE_ACK for sighting in record.sightings),
     ),
     Rule(
         "control-blocked",

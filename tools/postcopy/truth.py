@@ -30,6 +30,11 @@ class Difference:
     zeros: bool
 
 
+def header_of(request: Request) -> bytes:
+    """What the driver writes there."""
+    return _HEADER.pack(_WRITE if request.write else _READ, 0, request.sector)
+
+
 class Truth:
     """The content of memory and disks; ``completed`` moves it on. Random bytes, so no piece of it is all zeros.
 
@@ -44,13 +49,12 @@ class Truth:
         self.disks = [bytearray(dice.randbytes(sectors * SECTOR)) for sectors in plan.sectors]
         """Of each client."""
         for request in (request for requests in plan.requests for request in requests):
-            kind = _WRITE if request.write else _READ
-            self._store(request.header, _HEADER.pack(kind, 0, request.sector))
-            self._store(request.status, bytes([NO_STATUS]))
+            self.store(request.header, header_of(request))
+            self.store(request.status, bytes([NO_STATUS]))
 
     def completed(self, client: int, request: Request) -> None:
         """The device has done the request."""
-        self._store(request.status, b"\0")
+        self.store(request.status, b"\0")
         disk = self.disks[client]
         place = slice(request.sector * SECTOR, request.sector * SECTOR + request.length)
         if request.write:
@@ -58,7 +62,7 @@ class Truth:
             return
         data = memoryview(bytes(disk[place]))
         for segment in request.segments:
-            self._store(segment, data[: segment.size])
+            self.store(segment, data[: segment.size])
             data = data[segment.size :]
 
     def read(self, area: Area) -> bytes:
@@ -66,7 +70,8 @@ class Truth:
         region, offset = self.plan.locate(area.guest)
         return bytes(self.memory[region][offset : offset + area.size])
 
-    def _store(self, area: Area, data: bytes | memoryview) -> None:
+    def store(self, area: Area, data: bytes | memoryview) -> None:
+        """Guest memory must hold this there."""
         region, offset = self.plan.locate(area.guest)
         self.memory[region][offset : offset + area.size] = data
 
