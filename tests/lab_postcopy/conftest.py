@@ -27,9 +27,18 @@ STEPS = (OFFER, ADVISE, LISTEN, TABLE, ACK, RINGS, END)
 
 def good_record(clients: int = 1) -> Record:
     """Two requests for each client, a fault each, woken 100 us later."""
-    record = Record(label="test", planned=2 * clients, began=10 * MS, ended=20 * MS, pages=64, compared=64 * PAGE)
+    record = Record(
+        label="test",
+        planned=2 * clients,
+        began=9 * MS,
+        released=10 * MS,
+        ended=20 * MS,
+        whole=30 * MS,
+        pages=64,
+        compared=64 * PAGE,
+    )
     for index in range(clients):
-        client = Client(f"blk {index}", 100 + index, faults=2, wakes=2, histogram=(0,) * 6 + (2,), blocked_ns=200_000)
+        client = Client(f"blk {index}", 100 + index, faults=2, wakes=2, blocked_ns=200_000)
         record.clients.append(client)
         record.steps += [Step(index, name, Outcome.DONE, 0.001) for name in STEPS]
         record.bases.append(Base(index, 0, 0x7F0000000000, True))

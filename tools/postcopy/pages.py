@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Self
 
 from vhostuser.faultserver import Client as Served
-from vhostuser.faultserver import ClientStats, EventKind, FaultServer, Placement, Unsupported, WakePolicy
-from vhostuser.faultserver import Event as Line
+from vhostuser.faultserver import FaultServer, Placement, Unsupported, WakePolicy
+from vhostuser.faultstats import ClientStats, EventKind
+from vhostuser.faultstats import Event as Line
 from vhostuser.frontend import PostcopyClient, SharedMemory
 from vhostuser.protocol import RemoteProtocolError
 from vhostuser.tools.postcopy import options as asked
@@ -184,7 +185,7 @@ def _describe(stats: ClientStats, client: Client) -> None:
     """A client's statistics, under the record's names."""
     client.faults, client.stray = stats.faults, stats.stray
     client.wakes, client.merged, client.spurious = stats.wakes, stats.merged_wakes, stats.spurious
-    client.histogram, client.blocked_ns = stats.histogram, stats.blocked_ns
+    client.blocked_ns = stats.blocked_ns
 
 
 def _connect(path: Path) -> BlockingWakeChannel:

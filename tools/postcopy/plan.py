@@ -45,13 +45,15 @@ class Area:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One block request: ``write``: from guest memory to the disk. ``segments`` are its data, ``sector`` its place."""
+    """One block request: ``write``: from guest memory to the disk. ``segments`` are its data, ``sector`` its place.
+    ``shared``: other clients write the same data to their disks."""
 
     number: int
     write: bool
     sector: int
     slot: int
     segments: tuple[Area, ...]
+    shared: bool = False
 
     @property
     def header(self) -> Area:
@@ -205,13 +207,13 @@ def _requests(
     made, sectors = [], []
     next_slot = slots
     for groups in own:
-        asked = [(group, dice.random() < 0.5) for group in groups]
+        asked = [(group, dice.random() < 0.5, False) for group in groups]
         step = len(asked) // len(shared) + 1 if shared else 1
         for turn, group in enumerate(shared):
-            asked.insert(turn * (step + 1), (group, True))
+            asked.insert(turn * (step + 1), (group, True, True))
         sector, requests = 0, []
-        for number, (group, write) in enumerate(islice(asked, shape.requests or None)):
-            requests.append(Request(number, write, sector, next_slot, group))
+        for number, (group, write, common) in enumerate(islice(asked, shape.requests or None)):
+            requests.append(Request(number, write, sector, next_slot, group, common))
             sector += requests[-1].length // SECTOR
             next_slot += SLOT
         if not requests:

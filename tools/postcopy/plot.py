@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vhostuser.tools.postcopy.record import Happening, Record
-from vhostuser.tools.postcopy.report import MIB, Result, duration, latencies
+from vhostuser.tools.postcopy.record import Happening, Record, histogram, latencies
+from vhostuser.tools.postcopy.report import MIB, Result, duration
 
 # Okabe and Ito's colours, which people tell apart whatever their eyes; the first is left to what is in the background.
 _GREY, *_COLOURS = "#bbbbbb", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
@@ -94,13 +94,15 @@ class Bars:
 
 def bars(record: Record) -> Bars:
     """Empty edges where nobody waited."""
-    used = [n for client in record.clients for n, count in enumerate(client.histogram) if count]
+    times = latencies(record)
+    found = [histogram(times.get(index, [])) for index in range(len(record.clients))]
+    used = [n for counts in found for n, count in enumerate(counts) if count]
     if not used:
         return Bars([], [])
     first, last = min(used), max(used)
     counts = [
-        (client.name, [client.histogram[n] if n < len(client.histogram) else 0 for n in range(first, last + 1)])
-        for client in record.clients
+        (client.name, [counts[n] if n < len(counts) else 0 for n in range(first, last + 1)])
+        for client, counts in zip(record.clients, found, strict=True)
     ]
     return Bars([float(1 << n) for n in range(first, last + 2)], counts)
 
@@ -235,7 +237,8 @@ def _comparison(pyplot: Any, results: Sequence[Result]) -> Any:
     labels = [result.record.label for result in results]
     colours = [_COLOURS[n % len(_COLOURS)] for n in range(len(results))]
     speed = [
-        result.record.pages * result.record.page_size / MIB / max(result.record.seconds, 1e-9) for result in results
+        result.record.pages * result.record.page_size / MIB / max(result.record.page_seconds, 1e-9)
+        for result in results
     ]
     _draw_bars(rates, "Placed, MiB/s", labels, speed, colours)
     total = [sum(client.wakes for client in result.record.clients) for result in results]

@@ -141,10 +141,8 @@ class Client:
     """Wakes for which it was not known to wait."""
     stray: int = 0
     """Faults outside of the regions, at the addresses that it answered."""
-    histogram: tuple[int, ...] = ()
-    """Faults by the time until their wake: element n counts 2**n up to 2**(n + 1) us, element 0 all below 2."""
     blocked_ns: int = 0
-    """The sum of these times."""
+    """The sum of the times from its faults to their wakes."""
 
 
 @dataclass
@@ -176,16 +174,27 @@ class Record:
     compared: int = 0
     """Bytes of memory and disks that were compared in the end."""
     began: int = 0
+    """The first kick."""
+    released: int = 0
+    """From here on pages came; before, each back-end had to wait for its first."""
     ended: int = 0
-    """From the first kick to the last page and request."""
+    """The last request was completed; those that were read back afterwards do not count."""
+    whole: int = 0
+    """The last page was there."""
     pages: int = 0
     page_size: int = 4096
     regions: tuple[tuple[int, int], ...] = ()
     """(guest address, bytes) of each."""
 
     @property
-    def seconds(self) -> float:
-        return (self.ended - self.began) / 1e9
+    def request_seconds(self) -> float:
+        """In which requests were made, and pages came."""
+        return max(self.ended - self.released, 0) / 1e9
+
+    @property
+    def page_seconds(self) -> float:
+        """In which pages came."""
+        return max(self.whole - self.released, 0) / 1e9
 
     def step(self, client: int, name: str) -> Step | None:
         """What became of that message, None if it was never sent."""
@@ -194,6 +203,26 @@ class Record:
     def named(self, client: int | None) -> str:
         """A client's name; ours for the front-end's own threads."""
         return "front-end" if client is None else self.clients[client].name
+
+
+def latencies(record: Record) -> dict[int | None, list[float]]:
+    """Microseconds from each fault to the wake that ended it, sorted, by client; from the events that were kept. What
+    was read before pages came does not count: it was held on purpose."""
+    found: dict[int | None, list[float]] = {}
+    for fault, wake in waits(record.events, record.page_size):
+        if fault.at >= record.released:
+            found.setdefault(fault.client, []).append((wake.at - fault.at) / 1000)
+    return {client: sorted(times) for client, times in found.items()}
+
+
+def histogram(times: Iterable[float]) -> list[int]:
+    """By powers of two: element n counts those of 2**n up to 2**(n + 1), element 0 all below 2."""
+    counts: list[int] = []
+    for time in times:
+        n = max(int(time), 1).bit_length() - 1
+        counts += [0] * (n + 1 - len(counts))
+        counts[n] += 1
+    return counts
 
 
 def waits(events: Iterable[Event], page_size: int) -> Iterator[tuple[Event, Event]]:

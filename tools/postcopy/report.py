@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-from vhostuser.tools.postcopy.record import Client, Happening, Record, Timed, percentile, waits
+from vhostuser.tools.postcopy.record import Happening, Record, Timed, histogram, latencies, percentile
 from vhostuser.tools.postcopy.rules import State, Verdict
 
 MIB = 1 << 20
@@ -56,21 +56,27 @@ def comparison(results: Sequence[Result]) -> str:
 def _summary(result: Result) -> list[str]:
     record = result.record
     lines = [f"{name:<12}{value}" for name, value in result.settings.items() if name != "command"]
-    if record.ended > record.began:
-        rate = record.pages * record.page_size / MIB / record.seconds
-        lines.append(f"{'placed':<12}{record.pages:,} pages in {record.seconds:.2f} s, {rate:,.0f} MiB/s")
+    if record.page_seconds and record.pages:
+        rate = record.pages * record.page_size / MIB / record.page_seconds
+        lines.append(f"{'placed':<12}{record.pages:,} pages in {record.page_seconds:.2f} s, {rate:,.0f} MiB/s")
     if done := record.requests:
         writes = sum(one.write for one in done)
         size = sum(one.size for one in done) / MIB
-        took = sorted((one.completed - one.offered) / 1000 for one in done)
         lines.append(
             f"{'requests':<12}{len(done):,} of {record.planned:,} ({len(done) - writes:,} reads, {writes:,} writes), "
-            f"{size:,.1f} MiB, {len(done) / max(record.seconds, 1e-9):,.0f}/s"
+            f"{size:,.1f} MiB, {per_second(len(done), record.request_seconds)}/s"
         )
-        lines.append(f"{'':<12}" + ", ".join(f"{name} {duration(value)}" for name, value in _spread(took)))
+        lines.append(
+            f"{'':<12}" + ", ".join(f"{name} {duration(value)}" for name, value in _spread(_request_times(record)))
+        )
     if record.compared:
         lines.append(f"{'compared':<12}{record.compared / MIB:,.1f} MiB of memory and disks, every byte")
     return lines
+
+
+def _request_times(record: Record) -> list[float]:
+    """Microseconds, sorted, of the requests that were not held with the first faults."""
+    return sorted((one.completed - one.offered) / 1000 for one in record.requests if one.offered >= record.released)
 
 
 def _spread(sorted_us: list[float]) -> Iterator[tuple[str, float]]:
@@ -101,32 +107,24 @@ def _requests(done: Sequence[Timed], client: int) -> int:
     return sum(one.client == client for one in done)
 
 
-def latencies(record: Record) -> dict[int | None, list[float]]:
-    """Microseconds from each fault to the wake that ended it, sorted, by client; from the events that were kept."""
-    found: dict[int | None, list[float]] = {}
-    for fault, wake in waits(record.events, record.page_size):
-        found.setdefault(fault.client, []).append((wake.at - fault.at) / 1000)
-    return {client: sorted(times) for client, times in found.items()}
-
-
 def _histogram(record: Record) -> list[list[str]]:
-    """All clients in one, by powers of two of microseconds."""
-    buckets = _sum(record.clients)
-    if not any(buckets):
+    """All back-ends in one, by powers of two of microseconds."""
+    buckets = histogram(_of_back_ends(record))
+    if not buckets:
         return []
     first = next(n for n, count in enumerate(buckets) if count)
-    last = max(n for n, count in enumerate(buckets) if count)
     most = max(buckets)
     lines = ["fault to wake"]
-    for n in range(first, last + 1):
+    for n in range(first, len(buckets)):
         bar = "#" * -(-buckets[n] * BAR // most)
         lines.append(f"  {'below ' + duration(2 << n):>14}{buckets[n]:>9,}  {bar}".rstrip())
     return [lines]
 
 
-def _sum(clients: Sequence[Client]) -> list[int]:
-    width = max((len(client.histogram) for client in clients), default=0)
-    return [sum(client.histogram[n] for client in clients if n < len(client.histogram)) for n in range(width)]
+def _of_back_ends(record: Record) -> list[float]:
+    """Their times from fault to wake, sorted."""
+    found = latencies(record)
+    return sorted(time for client, times in found.items() if client is not None for time in times)
 
 
 def _checks(verdict: Verdict, colour: bool) -> list[str]:
@@ -141,11 +139,10 @@ def _checks(verdict: Verdict, colour: bool) -> list[str]:
 
 def _rates(result: Result) -> list[str]:
     record = result.record
-    seconds = max(record.seconds, 1e-9)
-    times = sorted(time for client, found in latencies(record).items() if client is not None for time in found)
+    times = _of_back_ends(record)
     return [
-        f"{record.pages / seconds:,.0f}",
-        f"{len(record.requests) / seconds:,.0f}",
+        per_second(record.pages, record.page_seconds),
+        per_second(len(record.requests), record.request_seconds),
         f"{sum(client.faults for client in record.clients):,}",
         f"{sum(client.wakes for client in record.clients):,}",
         f"{percentile(times, 50):,.0f}",
@@ -163,6 +160,11 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
         )
         for row in rows
     ]
+
+
+def per_second(count: float, seconds: float) -> str:
+    """A rate, with separators."""
+    return f"{count / seconds:,.0f}" if seconds else "-"
 
 
 def duration(us: float) -> str:
@@ -199,7 +201,7 @@ def _run(result: Result) -> dict[str, object]:
         "passed": verdict.passed,
         "checks": {check.id: check.state.value for check in verdict.checks},
         "findings": [asdict(finding) for finding in verdict.findings],
-        "seconds": round(record.seconds, 6),
+        "seconds": {"requests": round(record.request_seconds, 6), "pages": round(record.page_seconds, 6)},
         "pages": record.pages,
         "page_size": record.page_size,
         "compared_bytes": record.compared,
@@ -208,7 +210,7 @@ def _run(result: Result) -> dict[str, object]:
             "completed": len(record.requests),
             "writes": sum(one.write for one in record.requests),
             "bytes": sum(one.size for one in record.requests),
-            "latency_us": _percentiles(sorted((one.completed - one.offered) / 1000 for one in record.requests)),
+            "latency_us": _percentiles(_request_times(record)),
         },
         "clients": [_client(record, index) for index in range(len(record.clients))],
         "events": {kind.value: sum(event.kind is kind for event in record.events) for kind in Happening},
@@ -219,6 +221,7 @@ def _run(result: Result) -> dict[str, object]:
 
 def _client(record: Record, index: int) -> dict[str, object]:
     client = record.clients[index]
+    times = latencies(record).get(index, [])
     return {
         "name": client.name,
         "pid": client.pid,
@@ -228,8 +231,8 @@ def _client(record: Record, index: int) -> dict[str, object]:
         "merged_wakes": client.merged,
         "spurious_faults": client.spurious,
         "blocked_us": client.blocked_ns // 1000,
-        "fault_to_wake_us": _percentiles(latencies(record).get(index, [])),
-        "histogram": {f"{2 << n} us": count for n, count in enumerate(client.histogram) if count},
+        "fault_to_wake_us": _percentiles(times),
+        "histogram": {f"{2 << n} us": count for n, count in enumerate(histogram(times)) if count},
     }
 
 

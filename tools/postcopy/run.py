@@ -177,10 +177,12 @@ class Run:
         await self._start_rings()
         await self._hold()
         self._progress.phase("pages come")
+        self.record.released = time.monotonic_ns()
         self._pages.release()
         await self._until(lambda: all(load.ended for load in self._loads))
         self.record.ended = time.monotonic_ns()
         await self._bring_the_rest()
+        self.record.whole = time.monotonic_ns()
         for each in self._conversations:
             await each.end()
         self._over = True
@@ -307,7 +309,8 @@ class Run:
         """Memory is whole: what was written to the disks is read back into buffers that were spoilt."""
         self._progress.phase("postcopy is over; what was written is read back")
         for load in self._loads:
-            writes = [request for request in self._plan.requests[load.client] if request.write]
+            # Buffers of others are left alone: they are spoilt first.
+            writes = [request for request in self._plan.requests[load.client] if request.write and not request.shared]
             load.read_back(writes[:: max(1, len(writes) // _READ_AGAIN)])
         await self._until(lambda: all(load.ended for load in self._loads))
 
@@ -316,11 +319,13 @@ class Run:
     def _finish(self) -> None:
         """Ends what runs, and takes the figures."""
         record = self.record
-        record.ended = record.ended or time.monotonic_ns()
+        now = time.monotonic_ns()
+        record.released, record.ended = record.released or now, record.ended or now
+        record.whole = record.whole or now
         self._pages.release()
         for load in self._loads:
             load.stop()
-            record.requests += load.done
+            record.requests += (one for one in load.done if one.offered <= record.ended)
             record.failed += load.failed
             record.differences += load.differences
         self._pages.report(record)
