@@ -14,6 +14,7 @@ from vhostuser.driverqueue import DriverQueue
 from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
 
 MIB = 1 << 20
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
 
 class Pair:
@@ -99,3 +100,23 @@ def no_leaks() -> Iterator[None]:
     yield
     left = {fd: what for fd, what in open_fds().items() if fd not in before}
     assert not left, f"descriptors left open: {left}"
+
+
+@pytest.fixture(scope="session")
+def huge_pages() -> Iterator[None]:
+    """64 huge pages of 2 MiB that nobody else uses, for this session."""
+    free = HUGE_PAGES / "free_hugepages"
+    total = HUGE_PAGES / "nr_hugepages"
+    if not HUGE_PAGES.exists():
+        pytest.skip("the kernel has no huge pages of 2 MiB")
+    before, wanted = int(total.read_text()), 64
+    if int(free.read_text()) < wanted:
+        try:
+            total.write_text(str(before + wanted))
+        except OSError as error:
+            pytest.skip(f"too few free huge pages and no right to add some: {error.strerror}")
+    if int(free.read_text()) < wanted:
+        pytest.skip(f"there is no memory for {wanted} huge pages")
+    yield
+    if int(total.read_text()) == before + wanted:
+        total.write_text(str(before))

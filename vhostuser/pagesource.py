@@ -106,7 +106,7 @@ class MappedFile:
         """The descriptors stay the caller's and may be closed at once. Offsets are multiples of the page size."""
         self._maps = [mmap.mmap(file.fd, file.size, prot=mmap.PROT_READ, offset=file.offset) for file in files]
         self._views = [ffi.from_buffer(each) for each in self._maps]
-        self.pieces = tuple(
+        self.pieces: Sequence[MappedPiece] = tuple(
             MappedPiece(file.guest, file.size, int(ffi.cast("uintptr_t", view)))
             for file, view in zip(files, self._views, strict=True)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vhostuser.tools.postcopy.plan import SECTOR, Area, Plan, PlanError, Shape, make_plan
@@ -22,9 +22,10 @@ def areas_of(plan: Plan, client: int) -> list[Area]:
     return [plan.rings[client], *(area for request in plan.requests[client] for area in request.areas)]
 
 
+slow = settings(deadline=None, max_examples=40)
 shapes = st.builds(
     shape,
-    size=st.integers(1, 24).map(lambda n: n * 2 * MIB),
+    size=st.integers(1, 12).map(lambda n: n * 2 * MIB),
     regions=st.integers(1, 4),
     page_size=st.sampled_from([4096, HUGE]),
     clients=st.integers(1, 3),
@@ -34,6 +35,7 @@ shapes = st.builds(
 )
 
 
+@slow
 @given(shapes)
 def test_everything_lies_in_memory_and_nothing_overlaps(asked: Shape) -> None:
     try:
@@ -52,6 +54,7 @@ def test_everything_lies_in_memory_and_nothing_overlaps(asked: Shape) -> None:
         assert plan.locate(area.guest)[0] == plan.locate(area.end - 1)[0]
 
 
+@slow
 @given(shapes)
 def test_nobody_refers_to_a_canary(asked: Shape) -> None:
     try:
@@ -64,6 +67,7 @@ def test_nobody_refers_to_a_canary(asked: Shape) -> None:
         assert not plan.pages(areas_of(plan, client)) & set(plan.canaries)
 
 
+@slow
 @given(shapes)
 def test_requests_of_a_client_have_sectors_of_their_own(asked: Shape) -> None:
     try:

@@ -53,7 +53,7 @@ def test_a_passed_run_in_text(good: Good) -> None:
 
 def test_a_failed_run_names_the_faults_in_its_last_line_with_expectation_and_evidence_above(good: Good) -> None:
     record = good()
-    record.stuck.append(Stuck(0, 5, 2.0, 3, 1))
+    record.stuck.append(Stuck(0, 5, 2.0, 3, 0))
     found = text(result(record))
     assert found.splitlines()[-1] == "FAIL never-woken"
     assert "expected  blk 0: goes on with a request" in found
@@ -85,7 +85,7 @@ def test_several_runs_stand_beside_each_other(good: Good) -> None:
 
 def test_the_shape_of_the_json(good: Good) -> None:
     record = good(2)
-    record.stuck.append(Stuck(1, 5, 2.0, 3, 1))
+    record.stuck.append(Stuck(1, 5, 2.0, 3, 0))
     found = json.loads(json.dumps(as_json([result(record)])))
     assert set(found) == {"version", "passed", "runs"}
     assert (found["version"], found["passed"]) == (1, False)
@@ -106,7 +106,7 @@ def test_the_shape_of_the_json(good: Good) -> None:
         "faults": 2,
         "wakes": 2,
         "merged_wakes": 0,
-        "spurious_faults": 0,
+        "spurious_wakes": 0,
         "blocked_us": 200,
         "fault_to_wake_us": {"50 %": 100.0, "90 %": 100.0, "99 %": 100.0, "longest": 100.0},
         "histogram": {"128 us": 2},

@@ -86,7 +86,8 @@ FAULTS: dict[str, tuple[str, Callable[[Record], None], str]] = {
     "canary-filled": ("prefaulted", sets("canaries_present", 4), "4 pages"),
     "control": ("control-blocked", adds("probes", Probe(0, 12_000_000, True, None)), "1 question"),
     "control-idle": ("control-blocked", adds("probes", Probe(0, 12_000_000, False, None)), "1 question not answered"),
-    "stuck": ("never-woken", adds("stuck", Stuck(0, 5, 2.0, 3, 1)), "1 request open 2.0 s"),
+    "stuck": ("never-woken", adds("stuck", Stuck(0, 5, 2.0, 3, 0)), "1 request open 2.0 s"),
+    "stuck-asleep": ("unreported-fault", adds("stuck", Stuck(0, 5, 2.0, 3, 1)), "1 thread"),
     "stuck-awake": ("never-woken", adds("stuck", Stuck(0, 5, 2.0, 3, None)), "1 request"),
     "unreported": ("unreported-fault", adds("stuck", Stuck(0, 5, 2.0, 0, 2)), "2 threads"),
     "forgotten": ("request-lost", adds("stuck", Stuck(0, 5, 2.0, 0, 0)), "0 threads"),
@@ -165,9 +166,16 @@ def test_a_fault_of_one_of_two_is_laid_at_its_door(good: Good) -> None:
     record.stuck.append(Stuck(1, 0, 1.5, 1, 0))
     record.differences.append(Difference("disk 0", 0, 512, True))
     assert [(finding.id, finding.client) for finding in judge(record).findings] == [
-        ("never-woken", "blk 1"),
         ("read-zeros", ""),
+        ("never-woken", "blk 1"),
     ]
+
+
+def test_a_thread_that_sleeps_on_was_not_woken_where_waking_was_its_own_affair(good: Good) -> None:
+    record = good()
+    record.by_channel = True
+    record.stuck.append(Stuck(0, 5, 2.0, 3, 1))
+    assert [finding.id for finding in judge(record).findings] == ["never-woken"]
 
 
 def test_our_own_threads_may_touch_what_they_like(good: Good) -> None:

@@ -49,9 +49,8 @@ class Guest:
         return os.pread(self.memory.fds[region], area.size, offset)
 
     def write(self, guest: int, data: bytes) -> None:
-        """Only where the page is there: a hole would be filled with zeros around the data."""
-        region, offset = self._plan.locate(guest)
-        os.pwrite(self.memory.fds[region], data, offset)
+        """As a CPU does: where the page is missing it waits for it. Never on the control thread."""
+        self.memory.write(guest, data)
 
     def empty(self) -> None:
         """Makes every page missing."""

@@ -130,9 +130,9 @@ class Pages:
         for page in pages:
             self._server.release(page, self._plan.page_size)
 
-    def whole(self, pages: Iterable[int]) -> bool:
-        """Whether all of them are there."""
-        return all(self._is_here(page) for page in pages)
+    def missing(self, pages: Iterable[int]) -> set[int]:
+        """Those of them that are not there yet."""
+        return {page for page in pages if not self._is_here(page)}
 
     def _is_here(self, guest: int) -> bool:
         region, offset = self._plan.locate(guest)

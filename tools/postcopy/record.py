@@ -150,6 +150,8 @@ class Record:
     """One run. ``label`` tells it from others of the same command."""
 
     label: str = ""
+    by_channel: bool = False
+    """Whether back-ends were woken by the wake channel, and not by us."""
     clients: list[Client] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     bases: list[Base] = field(default_factory=list)

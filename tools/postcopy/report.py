@@ -229,7 +229,7 @@ def _client(record: Record, index: int) -> dict[str, object]:
         "faults": client.faults,
         "wakes": client.wakes,
         "merged_wakes": client.merged,
-        "spurious_faults": client.spurious,
+        "spurious_wakes": client.spurious,
         "blocked_us": client.blocked_ns // 1000,
         "fault_to_wake_us": _percentiles(times),
         "histogram": {f"{2 << n} us": count for n, count in enumerate(histogram(times)) if count},

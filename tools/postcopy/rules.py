@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Final
 
-from vhostuser.tools.postcopy.record import Event, Happening, Outcome, Record
+from vhostuser.tools.postcopy.record import Event, Happening, Outcome, Record, Stuck
 from vhostuser.tools.postcopy.truth import Difference
 
 
@@ -196,7 +196,7 @@ class _Kind(StrEnum):
 def _stuck(kind: _Kind, record: Record) -> Evidence:
     """Requests that outlive their last page: woken in vain, asleep without our knowledge, or forgotten."""
     for index, _ in enumerate(record.clients):
-        stuck = [one for one in record.stuck if one.client == index and _kind(one.asked, one.asleep) is kind]
+        stuck = [one for one in record.stuck if one.client == index and _kind(record, one) is kind]
         if not stuck:
             continue
         longest = max(one.seconds for one in stuck)
@@ -208,10 +208,13 @@ def _stuck(kind: _Kind, record: Record) -> Evidence:
         )
 
 
-def _kind(asked: int, asleep: int | None) -> _Kind:
-    if asked:
-        return _Kind.NEVER_WOKEN
-    return _Kind.UNREPORTED if asleep else _Kind.LOST
+def _kind(record: Record, one: Stuck) -> _Kind:
+    """A thread that sleeps on though we ourselves have woken every page that it asked for, at addresses that are right,
+    sleeps on a page that it did not ask us for."""
+    by_us = not record.by_channel and all(base.right for base in record.bases if base.client == one.client)
+    if one.asleep and (by_us or not one.asked):
+        return _Kind.UNREPORTED
+    return _Kind.NEVER_WOKEN if one.asked else _Kind.LOST
 
 
 def _failed(record: Record) -> Evidence:
@@ -323,6 +326,12 @@ RULES: Final = (
         lambda record: bool(record.requests),
     ),
     Rule(
+        "read-zeros",
+        "sees in every page what the source had in it",
+        _zeros,
+        _compared,
+    ),
+    Rule(
         "never-woken",
         "goes on with a request when its pages have been placed and its threads woken",
         partial(_stuck, _Kind.NEVER_WOKEN),
@@ -345,12 +354,6 @@ RULES: Final = (
         "completes every request with status OK",
         _failed,
         _requested,
-    ),
-    Rule(
-        "read-zeros",
-        "sees in every page what the source had in it",
-        _zeros,
-        _compared,
     ),
     Rule(
         "wrong-data",

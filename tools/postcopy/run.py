@@ -90,6 +90,7 @@ class Run:
     def __init__(self, options: Options, flow: Flow, wake: Wake, progress: Progress, plan: Plan) -> None:
         self.record = Record(
             label=f"{flow}, {wake}",
+            by_channel=wake is Wake.CHANNEL,
             planned=sum(map(len, plan.requests)),
             canaries=frozenset(plan.canaries),
             page_size=plan.page_size,
@@ -102,6 +103,7 @@ class Run:
         self._plan = plan
         self._truth = Truth(plan, options.seed)
         self._whole_since: dict[tuple[int, int, int], float] = {}
+        self._given: set[int] = set()
         self._probed = 0.0
 
     async def go(self, directory: Path) -> None:
@@ -281,14 +283,21 @@ class Run:
         now = time.monotonic()
         for load in self._loads:
             for head, one in list(load.open.items()):
-                areas = [*one.request.areas, self._plan.rings[load.client]]
-                pages = self._plan.pages(areas)
-                if not self._pages.whole(pages):
-                    continue
-                since = self._whole_since.setdefault((load.client, head, one.offered), now)
-                if now - since > self._options.patience:
-                    self._note_stuck(load.client, one.request, pages, now - since)
+                pages = self._plan.pages([*one.request.areas, self._plan.rings[load.client]])
+                missing = self._pages.missing(pages)
+                if not missing:
+                    since = self._whole_since.setdefault((load.client, head, one.offered), now)
+                    if now - since > self._options.patience:
+                        self._note_stuck(load.client, one.request, pages, now - since)
+                elif now - max(one.offered, self.record.released) / 1e9 > self._options.patience:
+                    self._give_up_waiting(missing)
         return bool(self.record.stuck)
+
+    def _give_up_waiting(self, missing: set[int]) -> None:
+        """A request is open for long, and nobody may have asked for these pages: they come now. If that does not help,
+        it is stuck."""
+        self._pages.bring(missing - self._given)
+        self._given |= missing
 
     def _note_stuck(self, client: int, request: Request, pages: Iterable[int], seconds: float) -> None:
         wanted = set(pages)

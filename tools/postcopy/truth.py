@@ -30,6 +30,14 @@ class Difference:
     zeros: bool
 
 
+def _random(dice: random.Random, size: int) -> bytearray:
+    """In pieces: the generator makes a number of each, and numbers have a largest size."""
+    content = bytearray()
+    while len(content) < size:
+        content += dice.randbytes(min(_PIECE, size - len(content)))
+    return content
+
+
 def header_of(request: Request) -> bytes:
     """What the driver writes there."""
     return _HEADER.pack(_WRITE if request.write else _READ, 0, request.sector)
@@ -44,9 +52,9 @@ class Truth:
     def __init__(self, plan: Plan, seed: int) -> None:
         dice = random.Random(f"content {seed}")
         self.plan = plan
-        self.memory = [bytearray(dice.randbytes(region.size)) for region in plan.regions]
+        self.memory = [_random(dice, region.size) for region in plan.regions]
         """Of each region."""
-        self.disks = [bytearray(dice.randbytes(sectors * SECTOR)) for sectors in plan.sectors]
+        self.disks = [_random(dice, sectors * SECTOR) for sectors in plan.sectors]
         """Of each client."""
         for request in (request for requests in plan.requests for request in requests):
             self.store(request.header, header_of(request))

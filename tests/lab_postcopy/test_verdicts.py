@@ -1,0 +1,55 @@
+"""Every broken back-end (``broken/``) gets the verdict that it says it must get, first of all that are given."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vhostuser.tools.postcopy.rules import RULES
+from vhostuser.uffd import NotPermitted, Userfaultfd
+
+BROKEN = sorted((Path(__file__).parent / "broken").glob("*.py"))
+PATIENCE = 0.7
+
+pytestmark = pytest.mark.postcopy
+
+
+def verdict_of(script: Path) -> str:
+    """What its docstring says."""
+    found = re.search(r"^Verdict: ([a-z-]+)\.\Z", ast.get_docstring(ast.parse(script.read_text())) or "", re.MULTILINE)
+    assert found
+    return found[1]
+
+
+@pytest.fixture(autouse=True)
+def permitted() -> None:
+    try:
+        Userfaultfd.probe()
+    except NotPermitted as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("script", BROKEN, ids=lambda script: script.stem)
+def test_the_fault_is_named(script: Path) -> None:
+    command = f"{sys.executable} {script} --socket-path={{socket}} --blk-file={{disk}} --log-level=error"
+    tool = [sys.executable, "-m", "vhostuser.tools.main", "postcopy", "--quiet", "--json", "--memory=4"]
+    done = subprocess.run(
+        [*tool, f"--patience={PATIENCE}", "--start", command], capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    (run,) = json.loads(done.stdout)["runs"]
+    found = [finding["id"] for finding in run["findings"]]
+    assert found, "nothing was found"
+    assert found[0] == verdict_of(script)
+
+
+def test_they_break_rules_that_exist_and_many_of_them() -> None:
+    verdicts = {verdict_of(script) for script in BROKEN}
+    assert verdicts <= {rule.id for rule in RULES}
+    assert len(verdicts) >= 8
