@@ -113,6 +113,14 @@ def test_c_has_no_python_no_stdio_no_threads_and_cannot_abort(path: Path) -> Non
         assert forbidden not in text, f"{path.name} uses {forbidden}"
 
 
+@pytest.mark.parametrize("name", ["plan", "truth", "record", "rules", "report"])
+def test_the_judgement_of_a_back_end_does_no_io(name: str) -> None:
+    """What was seen is judged and shown without a machine: tests need no userfaultfd for it."""
+    path = ROOT / "tools/postcopy" / f"{name}.py"
+    assert not {module.split(".")[0] for module in imports(path)} & NO_IO
+    assert ours(path) <= {"tools"}
+
+
 def test_links_are_in_place() -> None:
     for name in ("protocol", "tools"):
         link = ROOT / "vhostuser" / name
