@@ -9,6 +9,7 @@ import socket
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 
 from tests.devices.test_program import LOG_ALL, PATIENCE, Program, answers, front_end, run
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
+from vhostuser.faultserver import FaultServer
+from vhostuser.frontend import Frontend, FrontendRing, PostcopyClient, SharedMemory
+from vhostuser.pagesource import FilePiece, MappedFile
 from vhostuser.protocol import FrontendRequest, PostcopyAck, ProtocolFeature
 from vhostuser.uffd import Userfaultfd
 from vhostuser.wake import BlockingWakeChannel, WakeChannel
@@ -127,6 +130,58 @@ async def test_a_request_that_waits_for_a_page_is_released_by_a_message(
     theirs.close()
     ring.close()
     memory.close()
+
+
+@pytest.mark.postcopy
+async def test_a_fault_server_wakes_the_program_by_messages_only(start: Callable[..., Program], paths: Paths) -> None:
+    """Every page is missing, the ring's too; and the server's own wakes by descriptor would show in its counters."""
+    start()
+    memory = SharedMemory((0, 1 << 20))
+    ring = FrontendRing(0, DriverQueue(memory.map, 0, 16))
+    memory.map.write(HEADER, struct.pack("<IIQ", 0, 0, 0) + b"\xff")
+    ring.queue.offer([(HEADER, 16)], [(DATA, len(SECTORS)), (STATUS, 1)])
+    ring.queue.publish()
+    with moved(memory) as source, FaultServer(memory, source) as server:
+        async with await Frontend.connect(str(paths.main)) as frontend:
+            await frontend.negotiate(features=~(LOG_ALL | EVENT_IDX))
+            if not frontend.session.has(ProtocolFeature.PAGEFAULT):
+                pytest.skip("userfaultfd is not permitted here")
+            with await PostcopyClient.advise(frontend) as client, BlockingWakeChannel.connect(str(paths.wake)) as wakes:
+                await client.listen()
+                await client.share(memory)
+                served = server.add_client(
+                    "blk", client.uffd, client.regions, channel=wakes.fileno(), channel_ranges=wakes.ranges
+                )
+                await client.acknowledge()
+                await frontend.start_ring(ring, memory)
+                ring.kick()
+                async with asyncio.timeout(PATIENCE):
+                    while ring.queue.take() is None:  # may wait for a page itself, as a virtual CPU does
+                        await ring.called()
+                server.prefetch()
+                await asyncio.to_thread(server.wait)
+                stats = served.stats()
+                await client.end()
+    assert memory.map.read(DATA, len(SECTORS)) == SECTORS
+    assert stats.woken >= 3  # the header, two pages of data
+    assert stats.acknowledged >= 4096 * stats.woken
+    assert stats.wakes == stats.channel
+    ring.close()
+    memory.close()
+
+
+@contextmanager
+def moved(memory: SharedMemory) -> Iterator[MappedFile]:
+    """What the memory held, as a source; the memory itself becomes a hole."""
+    size = memory.map.regions[0].size
+    fd = os.memfd_create("source", os.MFD_CLOEXEC)
+    os.write(fd, memory.map.read(0, size))
+    os.truncate(memory.fds[0], 0)
+    os.truncate(memory.fds[0], size)
+    source = MappedFile(FilePiece(0, size, fd))
+    os.close(fd)
+    yield source
+    source.close()
 
 
 async def in_postcopy(frontend: Frontend, memory: SharedMemory) -> Userfaultfd:
