@@ -2,10 +2,9 @@
 
     python tests/bench/wake.py [--rounds=5]
 
-Two processes share a file. The back-end touches one missing page after the other on a thread, while its control loop
-serves the wake channel. The front-end reads the fault, places the page by its own userfaultfd and wakes the back-end,
-by turns in either way. Both ways use the same Python, so that the difference is the channel's. Then pages are
-placed in batches, for which nobody waits: what the front-end pays for telling a back-end of each.
+Two processes share a file. In the back-end threads touch missing pages, one after the other, while its control loop
+serves the wake channel; the front-end is a fault server, which wakes in one or the other way, by turns. Then it brings
+pages for which nobody waits, and tells of each (WakePolicy.BROADCAST, as QEMU does).
 
 Only the ratios mean anything elsewhere.
 """
@@ -16,7 +15,6 @@ import argparse
 import array
 import asyncio
 import os
-import select
 import socket
 import statistics
 import struct
@@ -24,7 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,29 +31,44 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from vhostuser.dataplane import new_event_loop  # noqa: E402
+from vhostuser.faultserver import FaultServer, WakePolicy  # noqa: E402
+from vhostuser.frontend import ClientRegion, SharedMemory  # noqa: E402
 from vhostuser.memory import GuestMemory, Region  # noqa: E402
+from vhostuser.pagesource import FilePiece, MappedFile  # noqa: E402
 from vhostuser.postcopy import Postcopy  # noqa: E402
 from vhostuser.protocol import MemoryRegion, Wake, WakeAck  # noqa: E402
-from vhostuser.uffd import TouchPool, Userfaultfd  # noqa: E402
+from vhostuser.threads import spawn  # noqa: E402
+from vhostuser.uffd import TouchPool  # noqa: E402
 from vhostuser.wake import BlockingWakeChannel  # noqa: E402
 from vhostuser.wake_service import WakeService  # noqa: E402
 
 PAGE = 4096
-FAULTS = 2000
-BATCH, BATCHES = 64, 256
-SIZE = (FAULTS + BATCH * BATCHES) * PAGE
-DESCRIPTION = MemoryRegion(0, SIZE, 1 << 46, 0)
+FAULTS = 4000
+THREADS = 16
+TOUCHED, TOLD = FAULTS * PAGE, 16000 * PAGE
+SIZE = 2 * TOUCHED + TOLD
 
-WakePages = Callable[[list[int], int], None]
+
+class Figures(NamedTuple):
+    """Microseconds: of a fault, on average, of one thread and of many together; of a page that nobody waits for."""
+
+    one: float
+    many: float
+    told: float
+
+
+LABELS = Figures._make(
+    ("fault, 1 thread", f"fault, {THREADS} threads together", "page in the background, told of each")
+)
 
 
 # ---- the back-end
 
 
 def back_end(file: int, greeting: int, channel: int) -> None:
-    """Sends its userfaultfd and base, and when it has touched all its pages the time that one took."""
+    """Sends its userfaultfd and base; then, twice, the nanoseconds that its touches have taken."""
     half = Postcopy(TouchPool())
-    region = Region.map(file, DESCRIPTION)
+    region = Region.map(file, MemoryRegion(0, SIZE, 1 << 46, 0))
     uffd = half.advise()
     half.listen()
     half.register([region])
@@ -63,7 +77,7 @@ def back_end(file: int, greeting: int, channel: int) -> None:
     fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [uffd]).tobytes())]
     sock.sendmsg([struct.pack("=Q", region.base)], fds)
     service = WakeService(lambda wake: acknowledge(half, memory, wake))
-    threading.Thread(target=touch, args=(memory, sock), daemon=True).start()
+    spawn(lambda: touch_all(memory, sock), "touch")
     loop = new_event_loop()
     asyncio.set_event_loop(loop)
     loop.run_until_complete(service.serve(socket.socket(fileno=channel)))
@@ -74,100 +88,84 @@ def acknowledge(half: Postcopy, memory: GuestMemory, wake: Wake) -> WakeAck:
     return WakeAck(wake.id, half.wake(memory, wake.ranges))
 
 
-def touch(memory: GuestMemory, sock: socket.socket) -> None:
-    """In one call, so that the thread stays in C, as a real device's do, and does not wait for the interpreter."""
-    before = time.perf_counter_ns()
-    memory.read(0, FAULTS * PAGE)
-    sock.sendall(struct.pack("=Q", (time.perf_counter_ns() - before) // FAULTS))
+def touch_all(memory: GuestMemory, sock: socket.socket) -> None:
+    """A thread's part is one call, so that it stays in C, as a real device's does, and waits for no interpreter."""
+    for threads, start in ((1, 0), (THREADS, TOUCHED)):
+        sock.recv(1)
+        before = time.perf_counter_ns()
+        part = TOUCHED // threads
+        started = [
+            threading.Thread(target=memory.read, args=(start + number * part, part), daemon=True)
+            for number in range(threads)
+        ]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+        sock.sendall(struct.pack("=Q", time.perf_counter_ns() - before))
 
 
 # ---- the front-end
 
 
-class Figures(NamedTuple):
-    """Microseconds: of a fault, on average, and per page of a batch that is placed and told."""
+class BackEnd(NamedTuple):
+    """As the front-end sees it."""
 
-    fault: float
-    batch: float
-    merged: float
-
-
-class FrontEnd:
-    """The back-end runs while this does."""
-
-    def __init__(self) -> None:
-        self.file = os.memfd_create("guest", os.MFD_CLOEXEC)
-        os.truncate(self.file, SIZE)
-        self.region = Region.map(self.file, DESCRIPTION)
-        self.ours = Userfaultfd.open()
-        self.ours.register(self.region.base, self.region.length)
-        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours, side = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *map(str, (self.file, theirs.fileno(), side.fileno()))],
-            pass_fds=[self.file, theirs.fileno(), side.fileno()],
-        )
-        theirs.close()
-        side.close()
-        self.channel = BlockingWakeChannel(ours)
-        self.channel.hello()
-        data, (uffd,), _, _ = socket.recv_fds(self.sock, 8, 1)
-        (self.base,) = struct.unpack("=Q", data)
-        self.theirs = Userfaultfd(uffd)
-
-    def by_ioctl(self, pages: list[int], count: int) -> None:
-        """Wakes who waits for ``count`` pages from each of these on."""
-        for page in pages:
-            self.theirs.wake(self.base + page * PAGE, count * PAGE)
-
-    def by_message(self, pages: list[int], count: int) -> None:
-        self.channel.wake([(page * PAGE, count * PAGE) for page in pages])
-
-    def place(self, page: int, count: int) -> None:
-        self.ours.copy(self.region.base + page * PAGE, b"\5" * (count * PAGE), wake=False)
-
-    def serve(self, wake: WakePages) -> float:
-        """Until the back-end has touched all its pages; microseconds of a fault."""
-        poll = select.poll()
-        poll.register(self.theirs.fileno(), select.POLLIN)
-        poll.register(self.sock, select.POLLIN)
-        while self.sock.fileno() not in dict(poll.poll()):
-            for fault in self.theirs.read():
-                page = (fault.address - self.base) // PAGE
-                self.place(page, 1)
-                wake([page], 1)
-        return int(struct.unpack("=Q", self.sock.recv(8))[0]) / 1000
-
-    def background(self, wake: WakePages, *, merged: bool) -> float:
-        """Microseconds of a page; ``merged``: a batch is one range."""
-        half = BATCHES // 2
-        start = time.perf_counter_ns()
-        for batch in range(half) if merged else range(half, BATCHES):
-            first = FAULTS + batch * BATCH
-            self.place(first, BATCH)
-            if merged:
-                wake([first], BATCH)
-            else:
-                wake(list(range(first, first + BATCH)), 1)
-        return (time.perf_counter_ns() - start) / 1000 / (half * BATCH)
-
-    def close(self) -> None:
-        self.channel.close()
-        self.process.wait(10)
-        self.theirs.close()
-        self.ours.close()
-        self.sock.close()
-        os.close(self.file)
+    sock: socket.socket
+    channel: BlockingWakeChannel
+    uffd: int
+    region: ClientRegion
 
 
-def run(way: str) -> Figures:
-    front_end = FrontEnd()
-    wake: WakePages = getattr(front_end, way)
-    figures = Figures(
-        front_end.serve(wake), front_end.background(wake, merged=False), front_end.background(wake, merged=True)
-    )
-    front_end.close()
-    return figures
+@contextmanager
+def running(file: int) -> Iterator[BackEnd]:
+    sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours, side = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    fds = [file, theirs.fileno(), side.fileno()]
+    process = subprocess.Popen([sys.executable, __file__, *map(str, fds)], pass_fds=fds)
+    theirs.close()
+    side.close()
+    channel = BlockingWakeChannel(ours)
+    channel.hello()
+    data, (uffd,), _, _ = socket.recv_fds(sock, 8, 1)
+    yield BackEnd(sock, channel, uffd, ClientRegion(0, *struct.unpack("=Q", data), SIZE, PAGE))
+    channel.close()
+    process.wait(10)
+    sock.close()
+    os.close(uffd)
+
+
+def run(*, by_message: bool) -> Figures:
+    """One run of everything, in one way."""
+    with ExitStack() as stack:
+        memory = SharedMemory((0, SIZE))
+        stack.callback(memory.close)
+        source = MappedFile(FilePiece(0, SIZE, source_file()))
+        stack.callback(source.close)
+        server = FaultServer(memory, source, wake=WakePolicy.BROADCAST, batch=1)
+        stack.callback(server.close)
+        other = stack.enter_context(running(memory.fds[0]))
+        channel = other.channel.fileno() if by_message else -1
+        client = server.add_client("back-end", other.uffd, [other.region], channel=channel)
+        one, many = touched(other), touched(other)
+        before = time.perf_counter_ns()
+        server.prefetch([(2 * TOUCHED, TOLD)])
+        server.wait()
+        told = (time.perf_counter_ns() - before) / 1000 / (TOLD // PAGE)
+        server.remove_client(client)
+    return Figures(one, many, told)
+
+
+def source_file() -> int:
+    """A file whose pages are all there."""
+    fd = os.memfd_create("source", os.MFD_CLOEXEC)
+    os.write(fd, b"\5" * SIZE)
+    return fd
+
+
+def touched(other: BackEnd) -> float:
+    other.sock.send(b"x")
+    return int(struct.unpack("=Q", other.sock.recv(8))[0]) / 1000 / FAULTS
 
 
 def median(runs: list[Figures]) -> Figures:
@@ -179,11 +177,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     rounds = parser.parse_args().rounds
-    runs = [(run("by_ioctl"), run("by_message")) for _ in range(rounds)]
+    runs = [(run(by_message=False), run(by_message=True)) for _ in range(rounds)]
     ioctl, message = (median(list(column)) for column in zip(*runs, strict=True))
-    labels = ("fault to wake", f"placed by {BATCH}, each page told", f"placed by {BATCH}, told as one range")
-    for label, one, other in zip(labels, ioctl, message, strict=True):
-        print(f"{label:34} ioctl {one:6.2f} us   message {other:6.2f} us   message / ioctl {other / one:5.2f}")
+    for label, one, other in zip(LABELS, ioctl, message, strict=True):
+        print(f"{label:36} ioctl {one:6.2f} us   message {other:6.2f} us   message / ioctl {other / one:5.2f}")
 
 
 if __name__ == "__main__":
