@@ -181,6 +181,17 @@ class ConfigFlags(IntFlag):
     LIVE_MIGRATION = 1
 
 
+class DeviceStatus(IntFlag):
+    """Bits of SET_STATUS and GET_STATUS (virtio 1.2, 2.1)."""
+
+    ACKNOWLEDGE = 1
+    DRIVER = 2
+    DRIVER_OK = 4
+    FEATURES_OK = 8
+    NEEDS_RESET = 64
+    FAILED = 128
+
+
 class VringEndian(IntEnum):
     """num of SET_VRING_ENDIAN."""
 

@@ -101,6 +101,11 @@ def test_devices_know_only_the_device_contract(path: Path) -> None:
     assert not {name for name in imports(path) if name.startswith(("vhostuser.protocol.session", "vhostuser.channel"))}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/drivers").glob("*.py")), ids=lambda path: path.name)
+def test_drivers_know_rings_and_no_connections(path: Path) -> None:
+    assert ours(path) <= {"driverqueue", "frontend_ring", "protocol"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/testing").glob("*.py")), ids=lambda path: path.name)
 def test_the_test_kit_knows_no_tools(path: Path) -> None:
     assert not ours(path) & {"tools", "conformance"}

@@ -18,10 +18,12 @@ from vhostuser.frontend_memory import SharedLog, SharedMemory, SharedRegion
 from vhostuser.frontend_postcopy import ClientRegion, PostcopyClient
 from vhostuser.frontend_requests import ReplyTimeout
 from vhostuser.frontend_ring import FrontendRing, InflightBuffer, InflightQueue
-from vhostuser.protocol import VirtioFeature
+from vhostuser.protocol import DeviceStatus, ProtocolFeature, VirtioFeature
 from vhostuser.raw import RawMessage
 
 __all__ = [
+    "DRIVABLE",
+    "DRIVABLE_PROTOCOL",
     "Answerer",
     "BackendEvent",
     "BackendRequests",
@@ -38,6 +40,22 @@ __all__ = [
     "SharedMemory",
     "SharedRegion",
 ]
+
+
+DRIVABLE = ~(
+    VirtioFeature.LOG_ALL.mask  # of no use before there is a log
+    | VirtioFeature.ACCESS_PLATFORM.mask
+    | VirtioFeature.RING_PACKED.mask
+    | VirtioFeature.IN_ORDER.mask
+    | VirtioFeature.NOTIFICATION_DATA.mask
+    | VirtioFeature.NOTIF_CONFIG_DATA.mask
+)
+"""All virtio features but those that ``DriverQueue`` and ``FrontendRing`` have no part in."""
+
+DRIVABLE_PROTOCOL = ~(
+    ProtocolFeature.INBAND_NOTIFICATIONS.mask | ProtocolFeature.XEN_MMAP.mask | ProtocolFeature.GPA_ADDRESSES.mask
+)
+"""All protocol features but those under which ``Frontend.start_ring`` or memory messages would mean something else."""
 
 
 class Frontend(Calls):
@@ -74,7 +92,7 @@ class Frontend(Calls):
 
     # ---- whole procedures
 
-    async def negotiate(self, features: int = ~0, protocol_features: int = ~0) -> None:
+    async def negotiate(self, features: int = DRIVABLE, protocol_features: int = DRIVABLE_PROTOCOL) -> None:
         """Takes what the back-end offers of ``features`` and ``protocol_features``, and becomes the owner."""
         offered = await self.get_features()
         if offered & features & VirtioFeature.PROTOCOL_FEATURES.mask:
@@ -133,6 +151,22 @@ class Frontend(Calls):
         await self.set_vring_kick(index, None if polled else ring.kick_fd)
         if enable and self.session.has(VirtioFeature.PROTOCOL_FEATURES):
             await self.set_vring_enable(index, True)
+
+    async def driver_ok(self) -> None:
+        """The rings are set up. With STATUS negotiated, a back-end may wait for this word (DPDK does); else nothing."""
+        if self.session.has(ProtocolFeature.STATUS):
+            ready = DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK | DeviceStatus.DRIVER_OK
+            await self.set_status(ready)
+
+    async def start_log(self, log: SharedLog) -> None:
+        """Has the back-end mark what it writes in ``log``, as when a migration begins. Raises LocalProtocolError where
+        LOG_SHMFD was not negotiated or LOG_ALL is not offered."""
+        await self.set_log_base(log)
+        await self.set_features(self.session.features | VirtioFeature.LOG_ALL.mask)
+
+    async def stop_log(self) -> None:
+        """Has the back-end mark nothing any more."""
+        await self.set_features(self.session.features & ~VirtioFeature.LOG_ALL.mask)
 
     async def stop_ring(self, ring: FrontendRing) -> int:
         """Stops the ring; the base to start it with again."""
