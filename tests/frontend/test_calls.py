@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -60,6 +60,13 @@ class Things:
         self.memory.close()
         self.log.close()
         os.close(self.fd)
+
+
+@pytest.fixture
+def things(ends: object) -> Iterator[Things]:
+    things = Things()
+    yield things
+    things.close()
 
 
 class Call(NamedTuple):
@@ -162,7 +169,7 @@ async def negotiated(frontend: Frontend, peer: ScriptedPeer) -> None:
         *(Expect(F.SET_OWNER, need_reply=True), Answer(U64(0))),
         *(Expect(F.SET_FEATURES, U64(ALL_VIRTIO), need_reply=True), Answer(U64(0))),
     )
-    await asyncio.gather(frontend.negotiate(), script)
+    await asyncio.gather(frontend.negotiate(~0, ~0), script)
 
 
 async def in_postcopy(code: F, frontend: Frontend, peer: ScriptedPeer) -> None:
@@ -181,8 +188,10 @@ def test_every_row_has_a_call_of_its_own_name() -> None:
 
 
 @pytest.mark.parametrize("code", CALLS, ids=lambda code: code.name)
-async def test_a_call_sends_its_message_and_reads_its_answer(code: F, frontend: Frontend, peer: ScriptedPeer) -> None:
-    call, things = CALLS[code], Things()
+async def test_a_call_sends_its_message_and_reads_its_answer(
+    code: F, frontend: Frontend, peer: ScriptedPeer, things: Things
+) -> None:
+    call = CALLS[code]
     await negotiated(frontend, peer)
     await in_postcopy(code, frontend, peer)
     payload = call.payload if isinstance(call.payload, Payload) else call.payload(things)
@@ -195,7 +204,6 @@ async def test_a_call_sends_its_message_and_reads_its_answer(code: F, frontend: 
         os.close(result)
     else:
         assert result == call.result
-    things.close()
 
 
 # SET_LOG_BASE has a reply of its own under LOG_SHMFD, and that cannot say no.
@@ -205,9 +213,9 @@ REFUSABLE = [F(code) for code, row in FRONTEND.items() if code not in MUTE and (
 
 @pytest.mark.parametrize("code", REFUSABLE, ids=lambda code: code.name)
 async def test_a_refusal_reaches_the_caller_and_the_connection_goes_on(
-    code: F, frontend: Frontend, peer: ScriptedPeer
+    code: F, frontend: Frontend, peer: ScriptedPeer, things: Things
 ) -> None:
-    call, things, row = CALLS[code], Things(), FRONTEND[code]
+    call, row = CALLS[code], FRONTEND[code]
     await negotiated(frontend, peer)
     await in_postcopy(code, frontend, peer)
     payload = call.payload if isinstance(call.payload, Payload) else call.payload(things)
@@ -219,7 +227,6 @@ async def test_a_refusal_reaches_the_caller_and_the_connection_goes_on(
         frontend.get_features(), peer.follow(Expect(F.GET_FEATURES), Answer(U64(ALL_VIRTIO)))
     )
     assert features == ALL_VIRTIO
-    things.close()
 
 
 async def test_the_kinds_of_ack_that_peers_send(frontend: Frontend, peer: ScriptedPeer) -> None:
