@@ -37,14 +37,18 @@ class Process:
             start_new_session=True,
             limit=LINE_LIMIT,
         )
-        self._pidfd = os.pidfd_open(self.pid)
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:  # it has ended, and asyncio was quicker to reap it
+            self._pidfd = -1
         self._reader = asyncio.create_task(self._read())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.kill()
         await self.ended()
-        os.close(self._pidfd)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
 
     @property
     def pid(self) -> int:
@@ -59,7 +63,7 @@ class Process:
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if it is still there."""
         # Not by the subprocess module, which would reap a child that has just ended and lose its status for asyncio.
-        if self.running:
+        if self.running and self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
