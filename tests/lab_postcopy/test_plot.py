@@ -41,7 +41,7 @@ def test_a_lane_for_each_client_and_one_for_our_threads_if_they_waited(good: Goo
 def test_bars_cover_what_was_seen_and_no_more(good: Good) -> None:
     record = good(2)
     record.events = [replace(e, at=e.at - 80_000) if (e.client, e.kind) == (1, "woken") else e for e in record.events]
-    assert bars(record) == Bars([16.0, 32.0, 64.0, 128.0], [("blk 0", [0, 0, 2]), ("blk 1", [2, 0, 0])])
+    assert bars(record) == Bars([4, 5, 6, 7], [("blk 0", [0, 0, 2]), ("blk 1", [2, 0, 0])])
     assert bars(Record()) == Bars([], [])
 
 

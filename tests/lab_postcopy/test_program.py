@@ -30,8 +30,9 @@ def postcopy(*arguments: str) -> subprocess.CompletedProcess[str]:
 def runs_of(*arguments: str) -> list[dict[str, Any]]:
     """The runs of a command that has to pass."""
     done = postcopy("--json", *arguments)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     found = json.loads(done.stdout)
-    assert (done.returncode, found["passed"], done.stderr) == (0, True, ""), found["runs"][0]["findings"]
+    assert found["passed"]
     runs: list[dict[str, Any]] = found["runs"]
     return runs
 
@@ -65,8 +66,8 @@ class TestOurs:
 
     @pytest.mark.parametrize("clients", [1, 2])
     def test_it_passes_with_huge_pages(self, huge_pages: None, clients: int) -> None:
-        (found,) = runs_of("--page-size=2M", "--memory=24", "--flow=table", "--requests=200", f"--clients={clients}")
-        assert all(client["faults"] >= 3 for client in found["clients"])
+        (found,) = runs_of("--page-size=2M", "--memory=24", "--order=none", "--requests=200", f"--clients={clients}")
+        assert all(client["faults"] >= 2 for client in found["clients"])
         assert found["pages"] == 12
 
     def test_every_wake_policy_passes_and_only_broadcast_wakes_those_who_do_not_wait(self) -> None:

@@ -91,7 +91,18 @@ def test_the_shape_of_the_json(good: Good) -> None:
     assert (found["version"], found["passed"]) == (1, False)
     (run,) = found["runs"]
     assert set(run) == {
-        *("label", "settings", "passed", "checks", "findings", "seconds", "pages", "page_size", "compared_bytes"),
+        *(
+            "label",
+            "settings",
+            "passed",
+            "checks",
+            "findings",
+            "seconds",
+            "background",
+            "pages",
+            "page_size",
+            "compared_bytes",
+        ),
         *("requests", "clients", "events", "events_lost", "control_us"),
     }
     assert set(run["checks"]) == {rule.id for rule in RULES}

@@ -115,8 +115,8 @@ class Pages:
             return
         self._held = False
         size = self._plan.page_size
-        for page in (*self._plan.withheld, *self._plan.canaries):
-            self._server.withhold(page, size)
+        for run in self._plan.runs(self._plan.on_demand):
+            self._server.withhold(run.guest, run.size)
         if self._options.order is Order.SEQUENTIAL:
             self._server.prefetch()
         elif self._options.order is Order.RANDOM:
@@ -127,8 +127,8 @@ class Pages:
 
     def bring(self, pages: Iterable[int]) -> None:
         """Brings these, whether they were withheld or not."""
-        for page in pages:
-            self._server.release(page, self._plan.page_size)
+        for run in self._plan.runs(pages):
+            self._server.release(run.guest, run.size)
 
     def missing(self, pages: Iterable[int]) -> set[int]:
         """Those of them that are not there yet."""

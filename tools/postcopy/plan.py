@@ -11,7 +11,7 @@ pages that no request ever refers to, the *canaries*: a back-end that asks for o
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -110,6 +110,21 @@ class Plan:
     def all_pages_but(self, others: Collection[int]) -> Iterator[int]:
         """Every page's guest address that is not among ``others``."""
         return (page for page in self.all_pages() if page not in others)
+
+    @property
+    def on_demand(self) -> frozenset[int]:
+        """Guest addresses of the pages that do not come by themselves."""
+        return frozenset(self.withheld) | frozenset(self.canaries)
+
+    def runs(self, pages: Iterable[int]) -> list[Area]:
+        """Pages, neighbouring ones put together. (Regions are never neighbours.)"""
+        found: list[Area] = []
+        for page in sorted(pages):
+            if found and found[-1].end == page:
+                found[-1] = Area(found[-1].guest, found[-1].size + self.page_size)
+            else:
+                found.append(Area(page, self.page_size))
+        return found
 
     def locate(self, guest: int) -> tuple[int, int]:
         """The region's index and the offset in it. Raises LookupError."""

@@ -12,12 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from vhostuser.tools.postcopy.record import Happening, Record, histogram, latencies
-from vhostuser.tools.postcopy.report import MIB, Result, duration
+from vhostuser.tools.postcopy.report import MIB, Result, bucket, duration
 
 # Okabe and Ito's colours, which people tell apart whatever their eyes; the first is left to what is in the background.
 _GREY, *_COLOURS = "#bbbbbb", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 _OURS = "#000000"
 _DPI = 130
+_SLICES = 120
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vhostuser",
+}
 
 
 class PlotError(Exception):
@@ -34,7 +45,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Lane:
-    """One client; ``name``: empty for our own threads."""
+    """One client; ``name``: empty for our own threads. Pages: a wake of several is as many."""
 
     name: str
     faults: Points
@@ -86,9 +97,9 @@ def _place(guest: int, regions: Sequence[tuple[int, int]]) -> float:
 
 @dataclass(frozen=True)
 class Bars:
-    """Fault to wake, by powers of two: ``edges`` in microseconds has one element more than each client's counts."""
+    """Fault to wake: ``edges`` are exponents of two, of microseconds; one more than each client has counts."""
 
-    edges: list[float]
+    edges: list[int]
     counts: list[tuple[str, list[int]]]
 
 
@@ -104,7 +115,17 @@ def bars(record: Record) -> Bars:
         (client.name, [counts[n] if n < len(counts) else 0 for n in range(first, last + 1)])
         for client, counts in zip(record.clients, found, strict=True)
     ]
-    return Bars([float(1 << n) for n in range(first, last + 2)], counts)
+    return Bars(list(range(first, last + 2)), counts)
+
+
+def labels(results: Sequence[Result]) -> list[str]:
+    """What tells runs apart: what all their labels begin or end with is left out."""
+    words = [result.record.label.split(", ") for result in results]
+    differing = [n for n, column in enumerate(zip(*words, strict=True)) if len(set(column)) > 1]
+    return [
+        ", ".join(each[n] for n in differing) or result.record.label
+        for each, result in zip(words, results, strict=True)
+    ]
 
 
 # ---- drawing
@@ -121,17 +142,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     Raises PlotError.
     """
     pyplot = _pyplot()
-    settings = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "legend.frameon": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "vhostuser",
-    }
-    with pyplot.rc_context(settings):
+    with pyplot.rc_context(_STYLE):
         figure = _run(pyplot, results[0]) if len(results) == 1 else _comparison(pyplot, results)
         try:
             figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -153,18 +164,17 @@ def _pyplot() -> Any:
 
 
 def _run(pyplot: Any, result: Result) -> Any:
-    record = result.record
-    data = timeline(record)
-    height = 0.5 + 0.32 * len(data.lanes)
+    data = timeline(result.record)
+    height = 0.3 + 0.42 * len(data.lanes)
     figure, (memory, lanes, histogram) = pyplot.subplots(
-        3, 1, figsize=(9, 6.2 + height), height_ratios=[3.4, height, 2.0], layout="constrained"
+        3, 1, figsize=(9, 6.4 + height), height_ratios=[3.4, height, 1.9], layout="constrained"
     )
     verdict = "pass" if result.verdict.passed else "FAIL " + ", ".join({f.id: 0 for f in result.verdict.findings})
-    figure.suptitle(f"{record.label}: {verdict}", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(f"{result.record.label}: {verdict}", x=0.01, ha="left", fontsize=11, fontweight="bold")
     _draw_memory(memory, data)
-    _draw_lanes(lanes, data)
     lanes.sharex(memory)
-    _draw_histogram(histogram, bars(record))
+    _draw_lanes(lanes, data)
+    _draw_histogram(histogram, bars(result.record))
     return figure
 
 
@@ -172,38 +182,41 @@ def _draw_memory(axes: Any, data: Timeline) -> None:
     axes.set_title("Pages of guest memory: placed, and waited for")
     axes.scatter(data.placed.ms, data.placed.mib, s=2, color=_GREY, label="placed", rasterized=True, linewidths=0)
     for number, lane in enumerate(data.lanes):
-        axes.scatter(
-            lane.faults.ms,
-            lane.faults.mib,
-            s=9,
-            marker="o",
-            color=_colour(lane, number),
-            label=f"fault of {lane.name or 'a CPU'}",
-            rasterized=True,
-            linewidths=0,
-            alpha=0.8,
-        )
+        points, colour = lane.faults, _colour(lane, number)
+        label = f"fault of {lane.name or 'a CPU'}"
+        axes.scatter(points.ms, points.mib, s=6, color=colour, label=label, rasterized=True, linewidths=0, alpha=0.8)
     axes.set_ylabel("guest memory, MiB")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.08), ncols=4, markerscale=2, handletextpad=0.2)
+    axes.tick_params(axis="x", labelbottom=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0.42, 1.0), ncols=4, markerscale=2, handletextpad=0.1, borderpad=0)
     axes.margins(x=0.01, y=0.02)
 
 
 def _draw_lanes(axes: Any, data: Timeline) -> None:
-    axes.set_title("Faults (above the line) and wakes (below)")
+    """Each lane has its faults upwards and its wakes downwards, to the same scale."""
+    ends = [time for lane in data.lanes for points in (lane.faults, lane.wakes) for time in points.ms]
+    width = max(ends, default=1.0) / _SLICES or 1.0
+    axes.set_title(f"Faults (upwards) and pages woken for (downwards), in slices of {width:.1f} ms")
     for number, lane in enumerate(data.lanes):
-        at = -number
-        axes.axhline(at, color=_GREY, linewidth=0.6, zorder=0)
-        colour = _colour(lane, number)
-        for points, low, high, shade in (
-            (lane.faults, at + 0.03, at + 0.4, 1.0),
-            (lane.wakes, at - 0.4, at - 0.03, 0.45),
-        ):
-            axes.vlines(points.ms, low, high, color=colour, linewidth=0.6, alpha=shade, rasterized=True)
+        up, down = _sliced(lane.faults.ms, width), _sliced(lane.wakes.ms, width)
+        scale = 0.46 / max(*up, *down, 1)
+        edges = [n * width for n in range(_SLICES + 1)]
+        for counts, sign, alpha in ((up, 1, 1.0), (down, -1, 0.5)):
+            heights = [-number + sign * count * scale for count in counts]
+            axes.stairs(heights, edges, baseline=-number, fill=True, color=_colour(lane, number), alpha=alpha)
+        axes.axhline(-number, color=_GREY, linewidth=0.6)
+        axes.text(1.005, -number, f"±{max(*up, *down)}", transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     axes.set_yticks([-n for n in range(len(data.lanes))], [lane.name or "CPU" for lane in data.lanes])
-    axes.set_ylim(-len(data.lanes) + 0.45, 0.55)
+    axes.set_ylim(-len(data.lanes) + 0.48, 0.52)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("ms since the first kick")
+
+
+def _sliced(times: Iterable[float], width: float) -> list[int]:
+    counts = [0] * _SLICES
+    for time in times:
+        counts[min(max(int(time / width), 0), _SLICES - 1)] += 1
+    return counts
 
 
 def _draw_histogram(axes: Any, data: Bars) -> None:
@@ -212,18 +225,19 @@ def _draw_histogram(axes: Any, data: Bars) -> None:
         axes.text(0.5, 0.5, "no fault", ha="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    slots = range(len(data.edges) - 1)
     width = 0.84 / len(data.counts)
     for number, (name, counts) in enumerate(data.counts):
-        left = [slot + 0.08 + number * width for slot in slots]
+        left = [slot + 0.08 + number * width for slot in range(len(counts))]
         drawn = axes.bar(left, counts, width * 0.94, align="edge", color=_COLOURS[number % len(_COLOURS)], label=name)
         if len(data.counts) == 1:
-            axes.bar_label(drawn, [f"{count:,}" if count else "" for count in counts], fontsize=8, color="#444444")
-    axes.set_xticks(range(len(data.edges)), [duration(edge) for edge in data.edges])
+            axes.bar_label(drawn, [f"{count:,}" if count else "" for count in counts], fontsize=7, color="#444444")
+    axes.set_xticks(range(len(data.edges)), [bucket(edge) for edge in data.edges])
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks([1, 10, 100, 1000, 10000], ["1", "10", "100", "1,000", "10,000"])
+    axes.set_ylim(0, max(max(counts) for _, counts in data.counts) * 2.5)
     axes.set_ylabel("faults")
-    axes.margins(y=0.12)
     if len(data.counts) > 1:
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower left", bbox_to_anchor=(0.42, 1.0), ncols=6, borderpad=0)
 
 
 def _colour(lane: Lane, number: int) -> str:
@@ -232,52 +246,48 @@ def _colour(lane: Lane, number: int) -> str:
 
 def _comparison(pyplot: Any, results: Sequence[Result]) -> Any:
     figure, (rates, wakes, waits) = pyplot.subplots(
-        1, 3, figsize=(10, 3.6), width_ratios=[1, 1, 1.3], layout="constrained"
+        1, 3, figsize=(10, 1.6 + 0.45 * len(results)), width_ratios=[1, 1, 1.5], layout="constrained"
     )
-    labels = [result.record.label for result in results]
+    names, records = labels(results), [result.record for result in results]
     colours = [_COLOURS[n % len(_COLOURS)] for n in range(len(results))]
-    speed = [
-        result.record.pages * result.record.page_size / MIB / max(result.record.page_seconds, 1e-9)
-        for result in results
-    ]
-    _draw_bars(rates, "Placed, MiB/s", labels, speed, colours)
-    total = [sum(client.wakes for client in result.record.clients) for result in results]
-    _draw_bars(wakes, "Wakes issued", labels, total, colours)
-    waits.set_title("From fault to wake: share of faults below")
-    for result, colour in zip(results, colours, strict=True):
-        times = sorted(time for whose, all_ in latencies(result.record).items() if whose is not None for time in all_)
-        _draw_share(waits, times, colour, result.record.label)
+    _draw_bars(rates, "Background, MiB/s", names, [_mib_per_second(record) for record in records], colours)
+    total = [sum(client.wakes for client in record.clients) for record in records]
+    _draw_bars(wakes, "Wakes issued", names, total, colours)
+    wakes.set_yticklabels([])
+    waits.set_title("Faults that were answered within")
+    for record, name, colour in zip(records, names, colours, strict=True):
+        times = sorted(time for whose, found in latencies(record).items() if whose is not None for time in found)
+        _draw_share(waits, times, colour, name)
     waits.set_xscale("log")
     waits.xaxis.set_major_formatter(lambda value, _: duration(value))
     waits.set_ylim(0, 1.02)
     waits.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     waits.grid(alpha=0.25)
-    waits.legend(loc="lower right")
+    if any(record.events for record in records):
+        waits.legend(loc="lower right")
     return figure
 
 
-def _draw_bars(axes: Any, title: str, labels: list[str], values: Sequence[float], colours: list[str]) -> None:
+def _mib_per_second(record: Record) -> float:
+    pages, seconds = record.background()
+    return pages * record.page_size / MIB / seconds if seconds else 0.0
+
+
+def _draw_bars(axes: Any, title: str, names: list[str], values: Sequence[float], colours: list[str]) -> None:
     axes.set_title(title)
-    drawn = axes.barh(range(len(labels)), values, color=colours, height=0.6)
+    drawn = axes.barh(range(len(names)), values, color=colours, height=0.6)
     axes.bar_label(drawn, [f" {value:,.0f}" for value in values], fontsize=8)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     axes.margins(x=0.25)
 
 
-def _draw_share(axes: Any, times: Iterable[float], colour: str, label: str) -> None:
+def _draw_share(axes: Any, times: Sequence[float], colour: str, name: str) -> None:
     """Thinned: a thousand points draw the same line as a million."""
-    values = list(times)
-    if not values:
+    if not times:
         return
-    step = max(1, len(values) // 1000)
-    kept = [*range(0, len(values), step), len(values) - 1]
-    axes.step(
-        [max(values[n], 0.5) for n in kept],
-        [(n + 1) / len(values) for n in kept],
-        where="post",
-        color=colour,
-        label=label,
-    )
+    kept = [*range(0, len(times), max(1, len(times) // 1000)), len(times) - 1]
+    heights = [(n + 1) / len(times) for n in kept]
+    axes.step([max(times[n], 0.5) for n in kept], heights, where="post", color=colour, label=name, linewidth=1.4)

@@ -163,6 +163,8 @@ class Record:
     offered: dict[tuple[int, int], int] = field(default_factory=dict)
     """When a client was first given a reason to touch a page; those of rings and canaries are not here."""
     canaries: frozenset[int] = frozenset()
+    on_demand: frozenset[int] = frozenset()
+    """Pages that did not come by themselves while requests were made."""
     canaries_present: int = 0
     """Of them, those that lay in the file before we placed them."""
     filled: int = 0
@@ -181,8 +183,6 @@ class Record:
     """From here on pages came; before, each back-end had to wait for its first."""
     ended: int = 0
     """The last request was completed; those that were read back afterwards do not count."""
-    whole: int = 0
-    """The last page was there."""
     pages: int = 0
     page_size: int = 4096
     regions: tuple[tuple[int, int], ...] = ()
@@ -193,10 +193,15 @@ class Record:
         """In which requests were made, and pages came."""
         return max(self.ended - self.released, 0) / 1e9
 
-    @property
-    def page_seconds(self) -> float:
-        """In which pages came."""
-        return max(self.whole - self.released, 0) / 1e9
+    def background(self) -> tuple[int, float]:
+        """The pages that came by themselves, also where somebody waited for them, and the seconds until the last of
+        them was there. 0 where that cannot be told: no page came by itself, or events were lost."""
+        placed = [e for e in self.events if e.kind is Happening.PLACED and e.at <= self.ended]
+        mine = [(e.at, page) for e in placed for page in range(e.guest, e.guest + e.size, self.page_size)]
+        mine = [(at, page) for at, page in mine if page not in self.on_demand]
+        if self.lost_events or len(mine) + len(self.on_demand) < self.pages:
+            return 0, 0.0
+        return len(mine), (max(at for at, _ in mine) - self.released) / 1e9 if mine else 0.0
 
     def step(self, client: int, name: str) -> Step | None:
         """What became of that message, None if it was never sent."""

@@ -48,7 +48,7 @@ def last_line(result: Result, *, colour: bool = False) -> str:
 
 def comparison(results: Sequence[Result]) -> str:
     """Several runs beside each other, a line each."""
-    head = ["run", "verdict", "pages/s", "requests/s", "faults", "wakes", "p50 us", "p99 us"]
+    head = ["run", "verdict", "background pages/s", "requests/s", "faults", "wakes", "p50 us", "p99 us"]
     rows = [[result.record.label, "pass" if result.verdict.passed else "FAIL", *_rates(result)] for result in results]
     return "\n".join(_table([head, *rows]))
 
@@ -56,9 +56,8 @@ def comparison(results: Sequence[Result]) -> str:
 def _summary(result: Result) -> list[str]:
     record = result.record
     lines = [f"{name:<12}{value}" for name, value in result.settings.items() if name != "command"]
-    if record.page_seconds and record.pages:
-        rate = record.pages * record.page_size / MIB / record.page_seconds
-        lines.append(f"{'placed':<12}{record.pages:,} pages in {record.page_seconds:.2f} s, {rate:,.0f} MiB/s")
+    if record.pages:
+        lines.append(f"{'placed':<12}{record.pages:,} pages{_background(record)}")
     if done := record.requests:
         writes = sum(one.write for one in done)
         size = sum(one.size for one in done) / MIB
@@ -72,6 +71,14 @@ def _summary(result: Result) -> list[str]:
     if record.compared:
         lines.append(f"{'compared':<12}{record.compared / MIB:,.1f} MiB of memory and disks, every byte")
     return lines
+
+
+def _background(record: Record) -> str:
+    pages, seconds = record.background()
+    if not pages:
+        return ""
+    rate = per_second(pages * record.page_size / MIB, seconds)
+    return f", {pages:,} of them in the background in {seconds:.3f} s, {rate} MiB/s"
 
 
 def _request_times(record: Record) -> list[float]:
@@ -117,7 +124,7 @@ def _histogram(record: Record) -> list[list[str]]:
     lines = ["fault to wake"]
     for n in range(first, len(buckets)):
         bar = "#" * -(-buckets[n] * BAR // most)
-        lines.append(f"  {'below ' + duration(2 << n):>14}{buckets[n]:>9,}  {bar}".rstrip())
+        lines.append(f"  {'below ' + bucket(n + 1):>14}{buckets[n]:>9,}  {bar}".rstrip())
     return [lines]
 
 
@@ -141,7 +148,7 @@ def _rates(result: Result) -> list[str]:
     record = result.record
     times = _of_back_ends(record)
     return [
-        per_second(record.pages, record.page_seconds),
+        per_second(*record.background()),
         per_second(len(record.requests), record.request_seconds),
         f"{sum(client.faults for client in record.clients):,}",
         f"{sum(client.wakes for client in record.clients):,}",
@@ -160,6 +167,14 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
         )
         for row in rows
     ]
+
+
+def bucket(n: int) -> str:
+    """2**n microseconds; a ms is 1024 of them here, so that the number stays a power of two."""
+    for shift, unit in ((20, "s"), (10, "ms")):
+        if n >= shift:
+            return f"{1 << n - shift} {unit}"
+    return f"{1 << n} us"
 
 
 def per_second(count: float, seconds: float) -> str:
@@ -201,7 +216,8 @@ def _run(result: Result) -> dict[str, object]:
         "passed": verdict.passed,
         "checks": {check.id: check.state.value for check in verdict.checks},
         "findings": [asdict(finding) for finding in verdict.findings],
-        "seconds": {"requests": round(record.request_seconds, 6), "pages": round(record.page_seconds, 6)},
+        "seconds": round(record.request_seconds, 6),
+        "background": dict(zip(("pages", "seconds"), record.background(), strict=True)),
         "pages": record.pages,
         "page_size": record.page_size,
         "compared_bytes": record.compared,
@@ -232,7 +248,7 @@ def _client(record: Record, index: int) -> dict[str, object]:
         "spurious_wakes": client.spurious,
         "blocked_us": client.blocked_ns // 1000,
         "fault_to_wake_us": _percentiles(times),
-        "histogram": {f"{2 << n} us": count for n, count in enumerate(histogram(times)) if count},
+        "histogram": {bucket(n + 1): count for n, count in enumerate(histogram(times)) if count},
     }
 
 

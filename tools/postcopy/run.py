@@ -93,6 +93,7 @@ class Run:
             by_channel=wake is Wake.CHANNEL,
             planned=sum(map(len, plan.requests)),
             canaries=frozenset(plan.canaries),
+            on_demand=plan.on_demand,
             page_size=plan.page_size,
             regions=tuple((region.guest, region.size) for region in plan.regions),
         )
@@ -184,7 +185,6 @@ class Run:
         await self._until(lambda: all(load.ended for load in self._loads))
         self.record.ended = time.monotonic_ns()
         await self._bring_the_rest()
-        self.record.whole = time.monotonic_ns()
         for each in self._conversations:
             await each.end()
         self._over = True
@@ -330,7 +330,6 @@ class Run:
         record = self.record
         now = time.monotonic_ns()
         record.released, record.ended = record.released or now, record.ended or now
-        record.whole = record.whole or now
         self._pages.release()
         for load in self._loads:
             load.stop()
