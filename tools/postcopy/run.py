@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -288,7 +288,7 @@ class Run:
                 if not missing:
                     since = self._whole_since.setdefault((load.client, head, one.offered), now)
                     if now - since > self._options.patience:
-                        self._note_stuck(load.client, one.request, pages, now - since)
+                        self._note_stuck(load.client, one.request, now - since)
                 elif now - max(one.offered, self.record.released) / 1e9 > self._options.patience:
                     self._give_up_waiting(missing)
         return bool(self.record.stuck)
@@ -299,10 +299,11 @@ class Run:
         self._pages.bring(missing - self._given)
         self._given |= missing
 
-    def _note_stuck(self, client: int, request: Request, pages: Iterable[int], seconds: float) -> None:
-        wanted = set(pages)
-        asked = sum(event.client == client and event.guest in wanted for event in self._pages.faults())
+    def _note_stuck(self, client: int, request: Request, seconds: float) -> None:
         asleep = self._conversations[client].subject.asleep()
+        # All requests together ask for the ring: it tells of this one only while a thread sleeps.
+        wanted = self._plan.pages([*request.areas, *([self._plan.rings[client]] if asleep else [])])
+        asked = sum(event.client == client and event.guest in wanted for event in self._pages.faults())
         self.record.stuck.append(Stuck(client, request.number, seconds, asked, asleep))
 
     async def _bring_the_rest(self) -> None:
