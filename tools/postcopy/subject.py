@@ -21,6 +21,8 @@ from vhostuser.tools.lab.process import Process
 
 _AGAIN = 0.02
 """Seconds between two attempts to connect."""
+_START = 10.0
+"""Seconds that a back-end may take to start, however impatient the run is: it is not judged by that."""
 _PEER = struct.Struct("3i")
 
 
@@ -56,7 +58,7 @@ class Subject:
         self.name = name
         self.place = place
         self.pid: int | None = None
-        self._patience = patience
+        self._patience = max(patience, _START)
         self._process = Process(name, command) if command else None
 
     async def __aenter__(self) -> Self:
