@@ -67,7 +67,7 @@ class TestOurs:
     @pytest.mark.parametrize("clients", [1, 2])
     def test_it_passes_with_huge_pages(self, huge_pages: None, clients: int) -> None:
         (found,) = runs_of("--page-size=2M", "--memory=24", "--order=none", "--requests=200", f"--clients={clients}")
-        assert all(client["faults"] >= 2 for client in found["clients"])
+        assert all(client["faults"] >= 1 for client in found["clients"])  # one may find what the other has asked for
         assert found["pages"] == 12
 
     def test_every_wake_policy_passes_and_only_broadcast_wakes_those_who_do_not_wait(self) -> None:
