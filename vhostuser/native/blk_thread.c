@@ -19,13 +19,6 @@ enum {
     POLLED_SLEEP_NS = 100000, /* between two looks at an idle ring that has no kick descriptor */
 };
 
-static uint64_t clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 /* ---- the queue's thread ------------------------------------------------------------------------------------------ */
 
 /* Adds the tally to the shared counters. */
@@ -195,7 +188,7 @@ static int rest(struct vu_blk_run *run)
     int code = sleep_until_kick(run);
     if (code < 0)
         return code;
-    run->now = clock_ns();
+    run->now = vu_clock_ns();
     adapt(run);
     return armed && !run->stopping ? vu_queue_disarm(run->queue) : 0;
 }
@@ -214,7 +207,7 @@ static int loop(struct vu_blk_run *run)
     int code = run->ahead ? vu_queue_touch_ring(run->queue) : 0;
     while (code >= 0 && !(run->stopping && !vu_ahead_waiting(run->queue) && !vu_blk_transfers_out(run))) {
         code = work(run);
-        run->now = clock_ns();
+        run->now = vu_clock_ns();
         if (code > 0)
             run->active = run->now;
         else if (code == 0)
@@ -233,7 +226,7 @@ int vu_blk_run(vu_blk *blk, vu_queue *queue, int kick, int stop)
     run.kick = kick;
     run.stop = stop;
     run.ahead = vu_queue_touch(queue) != NULL;
-    run.now = run.active = clock_ns();
+    run.now = run.active = vu_clock_ns();
     int code = vu_blk_transfers_open(&run);
     if (code == 0)
         code = loop(&run);

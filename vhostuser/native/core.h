@@ -1,6 +1,6 @@
 /*
- * What the C files share among themselves and Python never sees: the guard against lost memory, the
- * inside of maps and queues, single loads and stores of guest memory.
+ * What the C files share among themselves and Python never sees: the clock, the guard against lost memory, and what one
+ * file asks of another.
  */
 #ifndef VHOSTUSER_CORE_H
 #define VHOSTUSER_CORE_H
@@ -11,8 +11,17 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #include "api.h"
+
+/* Nanoseconds that never go back. */
+static inline uint64_t vu_clock_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
 
 /* ---- the guard ------------------------------------------------------------------------------------------
  * A peer may truncate a file under our mapping (SIGBUS), and we revoke mappings under our own threads (SIGSEGV).

@@ -10,7 +10,6 @@
 #include <linux/virtio_blk.h>
 #include <poll.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "core.h"
@@ -29,13 +28,6 @@ struct state {
     uint32_t in_flight;
     uint16_t slots[HEADS]; /* by head */
 };
-
-static uint64_t clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* xorshift64*: the same seed gives the same requests whoever serves them. */
 static uint64_t next_random(struct state *state)
@@ -129,7 +121,7 @@ static int wait_for_call(struct state *state)
 
 static int loop(struct state *state)
 {
-    uint64_t start = clock_ns(), now = start;
+    uint64_t start = vu_clock_ns(), now = start;
     uint64_t end = start + state->load->duration_ns;
     int code = 0;
 
@@ -141,7 +133,7 @@ static int loop(struct state *state)
             code = reap(state, now < end);
         if (code == 0)
             code = wait_for_call(state);
-        now = clock_ns();
+        now = vu_clock_ns();
     }
     state->result->elapsed_ns = now - start;
     return code < 0 ? code : 0;

@@ -66,13 +66,6 @@ struct vu_ahead {
 
 /* ---- one page ------------------------------------------------------------------------------------------------- */
 
-static uint64_t clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 /* A thread that waits for a page sleeps, one that finds it does not: the kernel counts that, and nothing else tells a page
  * that was missing everywhere from one that was missing only in our own page table. */
 static long times_slept(void)
@@ -102,17 +95,17 @@ static int touch_page(vu_touch *touch, const vu_map *map, uintptr_t page, bool a
 {
     struct vu_guard guard;
     long slept = times_slept();
-    uint64_t start = clock_ns();
+    uint64_t start = vu_clock_ns();
 
     if (VU_GUARD(&guard, map)) {
         count(&touch->lost, 1);
-        count_wait(touch, clock_ns() - start, ahead);
+        count_wait(touch, vu_clock_ns() - start, ahead);
         return VU_E_FAULT;
     }
     (void)*(volatile const uint8_t *)page;
     vu_guard_leave(&guard);
     if (times_slept() != slept)
-        count_wait(touch, clock_ns() - start, ahead);
+        count_wait(touch, vu_clock_ns() - start, ahead);
     return 0;
 }
 
