@@ -20,11 +20,21 @@ PATIENCE = 0.7
 pytestmark = pytest.mark.postcopy
 
 
+def text_of(script: Path) -> str:
+    return ast.get_docstring(ast.parse(script.read_text())) or ""
+
+
 def verdict_of(script: Path) -> str:
     """What its docstring says."""
-    found = re.search(r"^Verdict: ([a-z-]+)\.\Z", ast.get_docstring(ast.parse(script.read_text())) or "", re.MULTILINE)
+    found = re.search(r"^Verdict: ([a-z-]+)\.\Z", text_of(script), re.MULTILINE)
     assert found
     return found[1]
+
+
+def options_of(script: Path) -> list[str]:
+    """What the laboratory needs to be told to see its fault."""
+    found = re.search(r"^Options: (.+)$", text_of(script), re.MULTILINE)
+    return found[1].split() if found else []
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +47,14 @@ def permitted() -> None:
 
 @pytest.mark.parametrize("script", BROKEN, ids=lambda script: script.stem)
 def test_the_fault_is_named(script: Path) -> None:
-    command = f"{sys.executable} {script} --socket-path={{socket}} --blk-file={{disk}} --log-level=error"
+    files = "--socket-path={socket} --blk-file={disk} --wake-socket={wake}"
+    command = f"{sys.executable} {script} {files} --log-level=error"
     tool = [sys.executable, "-m", "vhostuser.tools.main", "postcopy", "--quiet", "--json", "--memory=4"]
     done = subprocess.run(
-        [*tool, f"--patience={PATIENCE}", "--start", command], capture_output=True, text=True, timeout=30
+        [*tool, *options_of(script), f"--patience={PATIENCE}", "--start", command],
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert (done.returncode, done.stderr) == (1, "")
     (run,) = json.loads(done.stdout)["runs"]
