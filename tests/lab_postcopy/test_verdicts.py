@@ -63,7 +63,5 @@ def test_the_fault_is_named(script: Path) -> None:
     assert found[0] == verdict_of(script)
 
 
-def test_they_break_rules_that_exist_and_many_of_them() -> None:
-    verdicts = {verdict_of(script) for script in BROKEN}
-    assert verdicts <= {rule.id for rule in RULES}
-    assert len(verdicts) >= 8
+def test_every_rule_has_a_back_end_that_breaks_it() -> None:
+    assert {verdict_of(script) for script in BROKEN} == {rule.id for rule in RULES}
