@@ -104,7 +104,7 @@ class _Peer:
         except BlockingIOError:
             return
         except RemoteProtocolError as error:
-            log.error("the front-end is cut off: %s", error)
+            log.error("%s; the front-end is cut off", error.reason)
             with contextlib.suppress(OSError):
                 self._sock.send(error.answer, socket.MSG_NOSIGNAL)
         except ConnectionError:
