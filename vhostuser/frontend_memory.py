@@ -148,10 +148,11 @@ class SharedMemory:
         self.map.write(guest, data)
 
     def close(self) -> None:
-        """Closes the files; mappings go with the last reference. Again: nothing."""
+        """Closes the files and lets go of the mappings, which go with their last reference. Again: nothing."""
         for region in self.regions:
             region.close()
         self.regions = ()
+        self.map = GuestMemory()
 
 
 class SharedLog:

@@ -1,8 +1,7 @@
 """A front-end and a scripted back-end, on asyncio and on uvloop."""
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import uvloop
@@ -18,12 +17,8 @@ def pytest_asyncio_loop_factories(
 
 
 @pytest.fixture
-async def ends(no_leaks: None) -> AsyncIterator[tuple[Frontend, ScriptedPeer]]:
-    ours, theirs = socket.socketpair()
-    async with Frontend(ours) as frontend, ScriptedPeer(theirs) as peer:
-        yield frontend, peer
-    await asyncio.sleep(0)  # cancelled tasks close what they hold
-    await asyncio.sleep(0)
+def ends(no_leaks: None, scripted_backend: tuple[Frontend, ScriptedPeer]) -> tuple[Frontend, ScriptedPeer]:
+    return scripted_backend
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from tests.conftest import Pair
 from tests.frontend.test_calls import negotiated
 from vhostuser.device import Device
 from vhostuser.frontend import Frontend, PostcopyClient, SharedMemory
@@ -23,6 +22,7 @@ from vhostuser.protocol import (
     SingleRegion,
 )
 from vhostuser.protocol import FrontendRequest as F
+from vhostuser.testing.pair import Pair
 from vhostuser.testing.peer import Answer, Expect, ScriptedPeer, Step
 from vhostuser.uffd import NotPermitted, Userfaultfd
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from tests.conftest import Pair
 from tests.runtime.migration import PAGE, Migration
 from vhostuser.device import Device
+from vhostuser.testing.pair import Pair
 from vhostuser.uffd import NotPermitted, Userfaultfd
 
 

@@ -2,9 +2,9 @@
 
 import asyncio
 
-from tests.conftest import MIB, Pair
 from vhostuser.device import Device
 from vhostuser.protocol import FrontendRequest, RequestRefused
+from vhostuser.testing.pair import MIB, Pair
 from vhostuser.virtqueue import Request
 
 DATA = 2 * MIB

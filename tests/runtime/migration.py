@@ -11,7 +11,6 @@ import os
 import select
 import threading
 
-from tests.conftest import MIB, Pair
 from vhostuser.device import Device
 from vhostuser.driverqueue import DriverQueue
 from vhostuser.frontend import FrontendRing, SharedMemory
@@ -25,6 +24,7 @@ from vhostuser.protocol import (
     SingleRegion,
     VirtioFeature,
 )
+from vhostuser.testing.pair import MIB, Pair
 from vhostuser.uffd import Userfaultfd
 from vhostuser.virtqueue import Request
 

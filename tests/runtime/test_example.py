@@ -16,8 +16,8 @@ import vhostuser.backend
 import vhostuser.driverqueue
 import vhostuser.frontend
 import vhostuser.protocol
-from tests.conftest import Pair
 from tests.runtime.echo import DATA, next_used
+from vhostuser.testing.pair import Pair
 
 ROOT = Path(__file__).parents[2]
 

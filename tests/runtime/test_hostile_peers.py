@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Pair, connect
 from tests.runtime.echo import Echo, answer, ask, quiet
 from vhostuser.backend import Backend
 from vhostuser.devices.blk import Blk, BlkSettings
 from vhostuser.devices.image import Image
 from vhostuser.frontend import Frontend, FrontendRing
 from vhostuser.protocol import Config, FrontendRequest, Inflight, ProtocolFeature, RequestRefused, VringFd, VringState
+from vhostuser.testing.pair import Pair, connect
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MIB
 from vhostuser.driverqueue import DriverQueue
 from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
 from vhostuser.protocol import FrontendRequest, Inflight, Payload, VirtioFeature
+from vhostuser.testing.pair import MIB
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

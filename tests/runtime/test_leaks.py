@@ -5,11 +5,12 @@ import gc
 import os
 from pathlib import Path
 
-from tests.conftest import connect, open_fds, threads
 from tests.runtime.echo import Echo, answer, ask
 from vhostuser.dataplane import new_event_loop
 from vhostuser.device import Device
 from vhostuser.protocol import FrontendRequest, Inflight
+from vhostuser.testing.leaks import open_fds, threads
+from vhostuser.testing.pair import connect
 from vhostuser.uffd import NotPermitted, Userfaultfd
 
 ROUNDS = 500  # on each of the two event loops

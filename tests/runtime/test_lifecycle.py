@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.conftest import MIB, Pair, open_fds
 from tests.runtime.echo import DATA, Echo, answer, ask, next_used, quiet
 from vhostuser.device import DeviceFailed
 from vhostuser.frontend import SharedMemory
@@ -26,6 +25,8 @@ from vhostuser.protocol import (
     VringFd,
     VringState,
 )
+from vhostuser.testing.leaks import open_fds
+from vhostuser.testing.pair import MIB, Pair
 from vhostuser.virtqueue import Request
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

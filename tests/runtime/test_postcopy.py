@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Pair
 from tests.runtime.migration import DATA, PAGE, REQUESTS, SIZE, F, Migration, Shout
 from vhostuser.dataplane import ServedQueue
 from vhostuser.devices.blk import Blk, BlkSettings
@@ -18,6 +17,7 @@ from vhostuser.protocol import (
     RequestRefused,
     VringState,
 )
+from vhostuser.testing.pair import Pair
 
 pytestmark = [pytest.mark.postcopy, pytest.mark.usefixtures("no_leaks", "permitted")]
 

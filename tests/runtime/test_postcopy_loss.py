@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Pair
 from tests.runtime.migration import PAGE, F, Migration, Shout
 from vhostuser.backend import Backend
 from vhostuser.device import Device
@@ -20,6 +19,7 @@ from vhostuser.protocol import (
     SingleRegion,
     VringState,
 )
+from vhostuser.testing.pair import Pair
 
 pytestmark = [pytest.mark.postcopy, pytest.mark.usefixtures("no_leaks", "permitted")]
 

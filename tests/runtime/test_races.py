@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.conftest import MIB, Pair, threads
 from tests.runtime.echo import Echo, answer, ask, quiet
 from vhostuser.dataplane import ServedQueue
 from vhostuser.frontend import SharedMemory
@@ -23,6 +22,8 @@ from vhostuser.protocol import (
     VringFd,
     VringState,
 )
+from vhostuser.testing.leaks import threads
+from vhostuser.testing.pair import MIB, Pair
 from vhostuser.virtqueue import Request
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

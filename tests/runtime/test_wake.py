@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Pair
 from tests.runtime.migration import DATA, PAGE, REQUESTS, SIZE, F, Migration, Shout
 from vhostuser.backend import Backend
 from vhostuser.protocol import (
@@ -31,6 +30,7 @@ from vhostuser.protocol import (
     WakeStatus,
     unpack_wake,
 )
+from vhostuser.testing.pair import Pair
 from vhostuser.wake import BlockingWakeChannel, WakeChannel
 
 pytestmark = [pytest.mark.postcopy, pytest.mark.usefixtures("no_leaks", "permitted")]

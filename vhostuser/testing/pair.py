@@ -1,0 +1,87 @@
+"""A back-end and a front-end in one process, connected by a socket pair.
+
+What belongs here: bringing both up and down together. What does not: what is tested; fixtures (``plugin``).
+
+Both live on the test's loop. Requests of the device run on its own data thread, or in C; so a test may look at guest
+memory on the loop as long as no page of it is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+from vhostuser.backend import Backend
+from vhostuser.device import Device
+from vhostuser.driverqueue import DriverQueue
+from vhostuser.frontend import DRIVABLE, Frontend, FrontendRing, SharedMemory
+from vhostuser.protocol import VirtioFeature
+
+MIB = 1 << 20
+RING_BYTES = 64 * 1024
+"""Of guest memory for each ring: they lie one behind the other from guest address 0."""
+
+
+class Pair:
+    """Both ends of a connection. Owns what ``set_up`` makes: ``memory`` and ``rings``, with their drivers' queues.
+
+    serving: the task in which the back-end serves this front-end.
+    """
+
+    def __init__(self, backend: Backend, frontend: Frontend, serving: asyncio.Task[None]) -> None:
+        self.backend = backend
+        self.frontend = frontend
+        self.serving = serving
+        self.memory: SharedMemory | None = None
+        self.rings: list[FrontendRing] = []
+
+    async def set_up(
+        self,
+        *,
+        rings: int = 1,
+        size: int = 64,
+        indirect: bool = False,
+        features: int = DRIVABLE,
+        memory: SharedMemory | None = None,
+        enable: bool = True,
+    ) -> None:
+        """Negotiates what is offered of ``features``, shares memory and starts rings of ``size`` entries.
+
+        memory: 4 MiB at guest address 0 if there is none given; it is closed with the pair. enable: the rings too.
+        """
+        self.memory = memory or SharedMemory((0, 4 * MIB))
+        await self.frontend.negotiate(features)
+        await self.frontend.set_memory(self.memory)
+        for index in range(rings):
+            ring = self.add_ring(index, size=size, indirect=indirect)
+            await self.frontend.start_ring(ring, self.memory, enable=enable)
+        await self.frontend.driver_ok()
+
+    def add_ring(self, index: int, *, size: int = 64, indirect: bool = False) -> FrontendRing:
+        """A driver's ring in the memory, with the event index if that was negotiated. The back-end is not told."""
+        assert self.memory is not None
+        event_idx = self.frontend.session.has(VirtioFeature.RING_EVENT_IDX)
+        at = index * RING_BYTES
+        self.rings.append(
+            FrontendRing(index, DriverQueue(self.memory.map, at, size, event_idx=event_idx, indirect=indirect))
+        )
+        return self.rings[-1]
+
+    async def close(self) -> None:
+        """Disconnects and waits until the back-end has cleaned up. Again: nothing."""
+        self.frontend.close()
+        done, _ = await asyncio.wait((self.serving,), timeout=10)
+        assert done, "the back-end does not end"
+        assert self.serving.cancelled() or self.serving.exception() is None
+        while self.rings:
+            self.rings.pop().close()
+        if self.memory is not None:
+            self.memory.close()
+
+
+def connect(device: Device | Callable[[], Device], **options: object) -> Pair:
+    """A pair for this device; ``options`` are the Backend's. The caller closes it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    backend = Backend(device, **options)  # type: ignore[arg-type]
+    return Pair(backend, Frontend(ours), asyncio.ensure_future(backend.serve(theirs, "test")))
