@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,29 @@ class TestOurs:
     def test_a_slow_source_slows_the_faults(self) -> None:
         (found,) = runs_of("--latency=2000", "--bandwidth=50", "--requests=40")
         assert found["clients"][0]["fault_to_wake_us"]["50 %"] >= 2000
+
+    def test_descriptors_may_lie_in_indirect_tables(self) -> None:
+        (direct,) = runs_of("--order=none")
+        (indirect,) = runs_of("--order=none", "--indirect")
+        assert indirect["requests"]["completed"] > 100
+        assert indirect["clients"][0]["faults"] > 100
+        assert direct["settings"] != indirect["settings"]
+
+    def test_the_same_seed_makes_the_same_requests(self) -> None:
+        one, again, other = (runs_of(f"--seed={seed}", "--order=none")[0]["requests"]["bytes"] for seed in (1, 1, 2))
+        assert one == again != other
+
+    def test_a_stop_ends_the_back_end_and_leaves_no_files(self, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "vhostuser.tools.main", "postcopy", "--memory=4", "--duration=60"]
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+            assert process.stderr is not None
+            while b"pages come" not in process.stderr.readline():
+                assert process.poll() is None
+            process.terminate()
+            process.communicate(timeout=10)
+        assert process.returncode == 128 + 15
+        assert not list(tmp_path.iterdir())
 
     def test_requests_go_on_for_as_long_as_it_was_asked_for(self) -> None:
         (found,) = runs_of("--duration=0.5", "--requests=10")

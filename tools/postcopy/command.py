@@ -32,6 +32,8 @@ def main(program: str, arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
     return 0 if all(result.verdict.passed for result in results) else 1
 
 
@@ -41,16 +43,20 @@ def _perform_all(options: Options) -> list[Result]:
 
 
 async def _in_turn(options: Options, progress: Progress) -> list[Result]:
+    task = asyncio.current_task()
+    assert task is not None
+    # As asyncio does for SIGINT: back-ends that we have started end before we do, and files are removed.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return [await perform(options, flow, wake, progress) for flow in options.flows for wake in options.wakes]
 
 
 def _show(options: Options, results: Sequence[Result]) -> None:
-    if options.plot is not None:
-        plot.draw(results, options.plot)
     if options.json:
         print(json.dumps(report.as_json(results), indent=2))
-        return
-    colour = sys.stdout.isatty()
-    print("\n\n".join(report.text(result, colour=colour) for result in results))
-    if len(results) > 1:
-        print(f"\n{report.comparison(results)}")
+    else:
+        colour = sys.stdout.isatty()
+        print("\n\n".join(report.text(result, colour=colour) for result in results))
+        if len(results) > 1:
+            print(f"\n{report.comparison(results)}")
+    if options.plot is not None:
+        plot.draw(results, options.plot)

@@ -7,7 +7,7 @@ the steps are made, also towards other back-ends (``run``), what an outcome mean
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -51,14 +51,16 @@ class Conversation:
 
     # ---- steps, in their order
 
-    async def negotiate(self, *, by_slots: bool) -> None:
-        """Takes everything that is offered, REPLY_ACK where it is, and finds out whether that includes PAGEFAULT."""
-        await self._step(OFFER, self._offer(by_slots))
+    async def negotiate(self, *, by_slots: bool, indirect: bool) -> None:
+        """Takes everything that is offered, and finds out whether that includes what the run needs."""
+        needed: list[ProtocolFeature | VirtioFeature] = [ProtocolFeature.PAGEFAULT]
+        needed += [ProtocolFeature.CONFIGURE_MEM_SLOTS] * by_slots
+        needed += [VirtioFeature.RING_INDIRECT_DESC] * indirect
+        await self._step(OFFER, self._offer(needed))
 
-    async def _offer(self, by_slots: bool) -> None:
+    async def _offer(self, needed: Sequence[ProtocolFeature | VirtioFeature]) -> None:
         await self.frontend.negotiate(features=~_WITHOUT)
         session = self.frontend.session
-        needed = [ProtocolFeature.PAGEFAULT, *([ProtocolFeature.CONFIGURE_MEM_SLOTS] if by_slots else [])]
         if lacking := [feature.name for feature in needed if not session.has(feature)]:
             raise RequestRefused(f"{' and '.join(lacking)} not offered")
 

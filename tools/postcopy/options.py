@@ -76,6 +76,8 @@ class Options:
     requests: int
     duration: float
     depth: int
+    indirect: bool
+    """Whether descriptors lie in tables of their own."""
     seed: int
     patience: float
     json: bool
@@ -191,6 +193,9 @@ def _add_load(parser: Parser) -> None:
     )
     group.add_argument("--depth", metavar="N", type=number(1, 16), default=8, help="requests in flight, default 8")
     group.add_argument(
+        "--indirect", action="store_true", help="descriptors in indirect tables, which may be missing too"
+    )
+    group.add_argument(
         "--seed", metavar="N", type=number(0, 1 << 32), default=1, help="of everything random, default 1"
     )
     group.add_argument(
@@ -231,6 +236,7 @@ def _options(parser: Parser, given: argparse.Namespace) -> Options:
         requests=given.requests,
         duration=given.duration,
         depth=given.depth,
+        indirect=given.indirect,
         seed=given.seed,
         patience=given.patience,
         json=given.json,

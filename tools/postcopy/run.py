@@ -64,7 +64,7 @@ def _shape(options: Options) -> Shape:
         regions=options.regions,
         page_size=options.page_size,
         clients=options.clients,
-        ring_bytes=DriverQueue.bytes_needed(RING),
+        ring_bytes=DriverQueue.bytes_needed(RING, indirect=options.indirect),
         requests=options.requests,
         withhold=options.withhold,
         seed=options.seed,
@@ -73,6 +73,7 @@ def _shape(options: Options) -> Shape:
 
 def _settings(options: Options, flow: Flow, wake: Wake) -> dict[str, object]:
     page = "2 MiB" if options.page_size > 4096 else "4 KiB"
+    kind = "indirect" if options.indirect else "direct"
     speed = f"{options.bandwidth // MIB} MiB/s" if options.bandwidth else "no limit"
     return {
         "back-end": f"{options.clients} x {options.command or ', '.join(map(str, options.sockets))}",
@@ -80,7 +81,7 @@ def _settings(options: Options, flow: Flow, wake: Wake) -> dict[str, object]:
         "flow": {Flow.TABLE: "SET_MEM_TABLE", Flow.REGIONS: "ADD_MEM_REG"}[flow],
         "source": f"{speed}, {options.latency * 1e6:g} us, order {options.order}, {options.withhold} % only on demand",
         "placement": f"{options.placement}, wake {wake}",
-        "seed": options.seed,
+        "load": f"{options.depth} requests in flight, {kind} descriptors, seed {options.seed}",
     }
 
 
@@ -132,7 +133,9 @@ class Run:
     # ---- before the migration
 
     def _new_load(self, index: int) -> Load:
-        queue = DriverQueue(self._guest.memory.map, self._plan.rings[index].guest, RING)
+        queue = DriverQueue(
+            self._guest.memory.map, self._plan.rings[index].guest, RING, indirect=self._options.indirect
+        )
         load = Load(index, FrontendRing(0, queue), self._truth, self._guest, self._options.depth, self._offered)
         load.prepare(self._plan.requests[index])
         return load
@@ -191,7 +194,7 @@ class Run:
 
     async def _handshake(self) -> None:
         for each in self._conversations:
-            await each.negotiate(by_slots=self._by_slots)
+            await each.negotiate(by_slots=self._by_slots, indirect=self._options.indirect)
             await each.advise()
         for each in self._conversations:
             await each.listen()
