@@ -9,7 +9,9 @@ bench with real virtual machines.)
 * ``record``: what was seen of a run
 * ``rules``: what a back-end has to do, and the judgement of a record by it
 * ``truth``: what guest memory and disks must hold
-* ``subject``, ``handshake``, ``load``, ``run``: the run itself
+* ``subject``, ``guest``, ``source``, ``pages``, ``load``, ``handshake``: what a run is made of
+* ``bench``: all of that put together
+* ``run``, ``watch``: the run itself
 * ``report``, ``plot``, ``progress``: for people and programs
 * ``command``: the way in
 

@@ -207,10 +207,6 @@ class Record:
         """What became of that message, None if it was never sent."""
         return next((step for step in self.steps if (step.client, step.name) == (client, name)), None)
 
-    def named(self, client: int | None) -> str:
-        """A client's name; ours for the front-end's own threads."""
-        return "front-end" if client is None else self.clients[client].name
-
 
 def latencies(record: Record) -> dict[int | None, list[float]]:
     """Microseconds from each fault to the wake that ended it, sorted, by client; from the events that were kept. What

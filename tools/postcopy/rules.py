@@ -77,7 +77,7 @@ class Rule:
 
     def check(self, record: Record) -> Check:
         findings = tuple(
-            Finding(self.id, record.named(client) if client is not None else "", self.expected, actual)
+            Finding(self.id, record.clients[client].name if client is not None else "", self.expected, actual)
             for client, actual in self.evidence(record)
         )
         if findings:
