@@ -50,9 +50,6 @@ def test_the_fault_is_named(script: Path) -> None:
     files = "--socket-path={socket} --blk-file={disk} --wake-socket={wake}"
     command = f"{sys.executable} {script} {files} --log-level=error"
     tool = [sys.executable, "-m", "vhostuser.tools.main", "postcopy", "--quiet", "--json", "--memory=4"]
-    if "wake channel" in script.read_text():
-        tool += ["--wake=channel"]
-        command += " --wake-socket={wake}"
     done = subprocess.run(
         [*tool, *options_of(script), f"--patience={PATIENCE}", "--start", command],
         capture_output=True,

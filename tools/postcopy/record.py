@@ -99,7 +99,7 @@ class Stuck:
     seconds: float
     """Since its last page was there, or since it was offered if that was later."""
     asked: int
-    """Faults of this client on the request's pages and its ring."""
+    """Faults of this client on the pages of the request, and of its ring while a thread sleeps."""
     asleep: int | None
     """Threads of the back-end that wait for a page, as the kernel tells; None if it does not."""
 
