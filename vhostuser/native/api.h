@@ -304,7 +304,8 @@ typedef struct vu_pages vu_pages;
 struct vu_wait {
     uint64_t page;
     uint64_t since;  /* nanoseconds, as given to vu_pages_fault */
-    uint32_t client; /* held: vu_pages_release it after it was woken */
+    uint32_t client; /* held, if it was taken: vu_pages_release it after it was woken */
+    uint32_t asked;  /* 1: the page was asked for */
 };
 
 struct vu_pages_count {
@@ -355,6 +356,8 @@ uint32_t vu_pages_take(vu_pages *pages, uint64_t first, uint64_t count, struct v
 void vu_pages_ask_again(vu_pages *pages);
 /* Up to `max` pages that somebody has waited for since before `since`. */
 uint32_t vu_pages_overdue(vu_pages *pages, uint64_t since, uint64_t *found, uint32_t max);
+/* Up to `max` waits as they are, for whoever wants to look: first those that were not asked for yet. None is held. */
+uint32_t vu_pages_waits(vu_pages *pages, struct vu_wait *waits, uint32_t max);
 void vu_pages_withhold(vu_pages *pages, uint64_t first, uint64_t count, int on);
 
 /* ---- the fault server: the front-end's half of postcopy (faultserver.c, faultwake.c, faultput.c) --------------- */

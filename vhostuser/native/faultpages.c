@@ -263,7 +263,7 @@ static uint32_t take_waits(struct vu_pages *pages, uint64_t first, uint64_t coun
     for (uint64_t page = first; page < first + count && pages->waiting_count; page++) {
         for (uint32_t number; taken < max && (number = pages->waiting[page]); taken++) {
             struct entry *wait = &pages->waits[number];
-            waits[taken] = (struct vu_wait){page, wait->since, wait->client};
+            waits[taken] = (struct vu_wait){page, wait->since, wait->client, wait->asked};
             pages->members[wait->client].holds++;
             drop_wait(pages, number);
         }
@@ -494,6 +494,21 @@ uint32_t vu_pages_overdue(vu_pages *pages, uint64_t since, uint64_t *found, uint
         for (; number != list && count < max; number = pages->waits[number].after)
             if (pages->waits[number].since < since)
                 found[count++] = pages->waits[number].page;
+    }
+    pthread_mutex_unlock(&pages->lock);
+    return count;
+}
+
+uint32_t vu_pages_waits(vu_pages *pages, struct vu_wait *waits, uint32_t max)
+{
+    uint32_t count = 0;
+    pthread_mutex_lock(&pages->lock);
+    for (uint32_t list = FRESH; list <= ASKED; list++) {
+        uint32_t number = pages->waits[list].after;
+        for (; number != list && count < max; number = pages->waits[number].after) {
+            const struct entry *wait = &pages->waits[number];
+            waits[count++] = (struct vu_wait){wait->page, wait->since, wait->client, wait->asked};
+        }
     }
     pthread_mutex_unlock(&pages->lock);
     return count;

@@ -305,7 +305,7 @@ int vu_faults_withhold(vu_faults *server, uint64_t guest, uint64_t length, int o
 /* A fault that came for a page that is settled already: an answer at once. Holds the client for the wake to release. */
 static void answer(struct vu_faults *server, uint32_t number, uint64_t page, uint64_t since, bool lost)
 {
-    struct vu_wait wait = {page, since, number};
+    struct vu_wait wait = {page, since, number, 0};
     VU_CLIENT_COUNT(&server->clients[number], late, 1);
     if (vu_pages_hold(server->pages, number))
         vu_wake_waits(server, &wait, 1, lost ? VU_WAKE_LOST : VU_WAKE_PRESENT);
