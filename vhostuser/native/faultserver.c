@@ -359,6 +359,15 @@ static void place_wanted(struct vu_faults *server)
     }
 }
 
+/* Before the next client is looked at: what it would fault for may be there by then. */
+static void bring(struct vu_faults *server)
+{
+    if (server->mapped)
+        place_wanted(server);
+    else
+        eventfd_write(server->config.wanted, 1);
+}
+
 static void read_channel(struct vu_faults *server, struct vu_fault_client *client)
 {
     if (!vu_wake_acknowledged(client))
@@ -425,15 +434,11 @@ int vu_faults_serve(vu_faults *server)
     uint64_t looked = 0;
     while (!atomic_load(&server->stopping)) {
         int count = epoll_wait(server->epoll, events, EVENTS, tick);
-        bool wanted = false;
         if (count < 0 && errno != EINTR)
             return VU_E_SYS;
         for (int i = 0; i < count; i++)
-            wanted |= look_at(server, events[i].data.u64);
-        if (wanted && server->mapped)
-            place_wanted(server);
-        else if (wanted)
-            eventfd_write(server->config.wanted, 1);
+            if (look_at(server, events[i].data.u64))
+                bring(server);
         uint64_t now = vu_fault_clock();
         if (now - looked < (uint64_t)tick * 1000000)
             continue;
