@@ -2,9 +2,10 @@
 
     python tests/bench/faultserver.py [--rounds=5] [--fifo] [--huge]
 
-The clients are the same C program for both (faultserver_floor.c says what it does), on one CPU, the server on the other;
-floor and server take turns. The best round counts: whatever else the machine does only ever adds. Only ratios mean anything
-elsewhere. Status 1 if one is worse than what the project promises. --huge: 2 MiB pages too; needs 64 free ones.
+The clients are the same C program for both (faultserver_floor.c says what it does), on one CPU, the server on another.
+Floor and server take turns. The best round counts: whatever else the machine does only ever adds. Only ratios mean
+anything elsewhere. Status 1 if one is worse than what the project promises. --huge: 2 MiB pages too; needs 64 free
+ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.bench.placement import BOTH, image, image_file, line  # noqa: E402
 from tests.faultserver.conftest import HUGE, PAGE, ClientRegion, SharedMemory  # noqa: E402
-from vhostuser.faultserver import FaultServer, Placement, WakePolicy  # noqa: E402
+from vhostuser.faultserver import FaultServer, Placement  # noqa: E402
 from vhostuser.uffd import Mode  # noqa: E402
 
 

@@ -3,8 +3,8 @@
     python tests/bench/placement.py [--rounds=5] [--mib=256] [--clients=1,2,4,8]
 
 The same bytes are placed into a new memfd by a fault server with that many idle clients, under each wake policy, and
-written into one by a C program that has nobody to wake (placement_floor.c). All take turns; the median round counts. Only
-ratios mean anything elsewhere. Status 1 if one is worse than what the project promises.
+written into one by a C program that has nobody to wake (placement_floor.c). All take turns; the median round counts.
+Only ratios mean anything elsewhere. Status 1 if one is worse than what the project promises.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def main() -> int:
     good = True
     for number in numbers:
         good &= line(f"batch / pwrite, {number} clients", pwrite / of(number, WakePolicy.BATCH), least=0.85)
-    good &= line(f"batch / broadcast, {many} clients", of(many, WakePolicy.BROADCAST) / of(many, WakePolicy.BATCH), least=2.5)
+    good &= line(
+        f"batch / broadcast, {many} clients", of(many, WakePolicy.BROADCAST) / of(many, WakePolicy.BATCH), least=2.5
+    )
     for wake in (WakePolicy.DEMAND, WakePolicy.BATCH):
         good &= line(f"time of {wake.name.lower()}, {many} clients / {few}", of(many, wake) / of(few, wake), most=1.1)
     line("CONTINUE / pwrite, batch", pwrite / times[cases[-1]])

@@ -24,13 +24,14 @@ import pytest
 
 from tests.faultserver import client as program
 from vhostuser.faultserver import Client, FaultServer
-from vhostuser.memory import GuestMemory, Region
+from vhostuser.frontend_memory import SharedMemory
+from vhostuser.memory import PrivateMemory
 from vhostuser.pagesource import FilePiece, MappedFile
-from vhostuser.protocol import MemoryRegion
 from vhostuser.uffd import Mode, NotPermitted, Userfaultfd
 
 PAGE, HUGE, MIB = 4096, 2 << 20, 1 << 20
 PATIENCE = 20.0
+HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 content = program.content
 
 
@@ -57,23 +58,6 @@ def until(condition: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < end, f"it never happened: {what}"
         time.sleep(0.001)
     return found
-
-
-class SharedMemory:
-    """One memfd a region, mapped here; the least that a fault server needs."""
-
-    def __init__(self, *regions: tuple[int, int], hugetlb: bool = False) -> None:
-        flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if hugetlb else 0)
-        self.fds = [os.memfd_create(f"guest {guest:#x}", flags) for guest, _ in regions]
-        mapped = []
-        for fd, (guest, size) in zip(self.fds, regions, strict=True):
-            os.truncate(fd, size)
-            mapped.append(Region.map(fd, MemoryRegion(guest, size, 1 << 44 | guest, 0)))
-        self.map = GuestMemory(mapped)
-
-    def close(self) -> None:
-        while self.fds:
-            os.close(self.fds.pop())
 
 
 class ClientRegion(NamedTuple):
@@ -142,8 +126,8 @@ class Threads:
     def _work(self, reads: list[list[int]]) -> None:
         self._answers.append(program.read_all(self._memory, 0, reads))
 
-    def answers(self) -> list[program.Answer]:
-        """Of all threads, when they have done."""
+    def answers(self, count: int = 0) -> list[program.Answer]:
+        """Of all threads, however many, when they have done."""
         for thread in self._threads:
             thread.join(PATIENCE)
             assert not thread.is_alive(), "a thread was never woken"
@@ -167,6 +151,10 @@ class Bed:
     def memory(self, *regions: tuple[int, int], hugetlb: bool = False) -> SharedMemory:
         """Default: one region of 64 small pages at 0."""
         return self.closing(SharedMemory(*(regions or ((0, 64 * PAGE),)), hugetlb=hugetlb))
+
+    def private(self, *regions: tuple[int, int]) -> PrivateMemory:
+        """Default: 64 small pages at 0."""
+        return PrivateMemory(*(regions or ((0, 64 * PAGE),)))
 
     def image(self, memory: Any) -> MappedFile:
         """A mapped source that holds what belongs into the memory."""
@@ -197,6 +185,25 @@ class Bed:
     def close(self) -> None:
         while self._close:
             self._close.pop()()
+
+
+@pytest.fixture(scope="session")
+def huge_pages() -> Iterator[None]:
+    """So many free huge pages as the tests need at a time."""
+    free, total, wanted = HUGE_PAGES / "free_hugepages", HUGE_PAGES / "nr_hugepages", 16
+    if not HUGE_PAGES.exists():
+        pytest.skip("the kernel has no huge pages of 2 MiB")
+    before = int(total.read_text())
+    if int(free.read_text()) < wanted:
+        try:
+            total.write_text(str(before + wanted))
+        except OSError as error:
+            pytest.skip(f"too few free huge pages and no right to add some: {error.strerror}")
+    if int(free.read_text()) < wanted:
+        pytest.skip(f"there is no memory for {wanted} huge pages")
+    yield
+    if int(total.read_text()) == before + wanted:
+        total.write_text(str(before))
 
 
 @pytest.fixture

@@ -57,6 +57,8 @@ struct vu_region_info {
 
 /* Maps a region; the caller keeps fd. Checks wraps and the size of the file; touches nothing. */
 vu_region *vu_region_map(int fd, uint64_t guest, uint64_t size, uint64_t user, uint64_t offset, int flags, int *error);
+/* Private anonymous memory of whole pages, which no other process has; `user` is `host`. */
+vu_region *vu_region_private(uint64_t guest, uint64_t size, int *error);
 void vu_region_get(vu_region *region);
 void vu_region_put(vu_region *region);
 void vu_region_describe(const vu_region *region, struct vu_region_info *info);

@@ -197,6 +197,41 @@ vu_region *vu_region_map(int fd, uint64_t guest, uint64_t size, uint64_t user, u
     return NULL;
 }
 
+static int open_private(vu_region *region)
+{
+    struct vu_region_info *info = &region->info;
+    info->page_size = (uint64_t)sysconf(_SC_PAGESIZE);
+    if (!info->size)
+        return VU_E_SIZE;
+    if ((info->guest | info->size) & (info->page_size - 1))
+        return VU_E_ALIGN;
+    if (wraps(info->guest, info->size))
+        return VU_E_OVERFLOW;
+    void *at = mmap(NULL, info->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED)
+        return VU_E_SYS;
+    info->user = info->host = info->base = (uint64_t)at;
+    info->length = info->size;
+    info->sealed = 1;
+    return 0;
+}
+
+vu_region *vu_region_private(uint64_t guest, uint64_t size, int *error)
+{
+    vu_region *region = calloc(1, sizeof *region);
+    if (!region) {
+        *error = VU_E_NOMEM;
+        return NULL;
+    }
+    atomic_init(&region->references, 1);
+    region->info = (struct vu_region_info){.guest = guest, .size = size};
+    *error = open_private(region);
+    if (!*error)
+        return region;
+    free(region);
+    return NULL;
+}
+
 void vu_region_get(vu_region *region)
 {
     atomic_fetch_add(&region->references, 1);
