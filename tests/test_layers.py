@@ -44,6 +44,7 @@ ALLOWED = {
     "faultstats": set(),
     "pagesource": {"protocol", "_native"},
     "pagefeed": {"_native", "memory", "pagesource"},
+    "pagestream": {"pagesource", "threads"},
     "faultserver": {"protocol", "_native", "memory", "uffd", "threads"} | PAGES,
 }
 WITHOUT = {

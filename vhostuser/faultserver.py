@@ -129,6 +129,7 @@ class FaultServer:
         self._threads: list[threading.Thread] = []
         self._bringing: list[threading.Thread] = []
         self._closed = False
+        self._ending = False  # the source is being ended on purpose
         check_support(Userfaultfd.probe(device_fd), self._regions, self._fds, placement, deadline)
         self._uffd = Userfaultfd.open(device_fd)
         self._control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -324,7 +325,7 @@ class FaultServer:
 
     def _lose(self, error: Exception) -> None:
         with self._lock:
-            if self.lost is None and not self._closed:
+            if self.lost is None and not self._ending:
                 self.lost = error
                 self._feed.end()
                 lib.vu_faults_pause(self._native, 1)
@@ -344,20 +345,28 @@ class FaultServer:
         """
         if isinstance(self.source, MappedSource) and source is not None:
             raise ValueError("a mapped source cannot be replaced: its pages are placed from where they are")
-        ending = self._bringing if self.lost is not None or source is not None else []
-        if ending:
-            self._feed.end()
-        for thread in ending:
-            thread.join()
+        ended = self.lost is not None or source is not None
+        if ended:
+            self._end_source()
         with self._lock:
             self.lost = None
             self.source = source or self.source
             self._background.restart()
             lib.vu_faults_pause(self._native, 0)
-            if ending and not isinstance(self.source, MappedSource):
+            if ended and not isinstance(self.source, MappedSource):
                 self._bring(self.source)
             else:
                 self._feed.begin()
+
+    def _end_source(self) -> None:
+        """Waits for its threads."""
+        self._ending = True
+        self._feed.end()
+        if not isinstance(self.source, MappedSource):
+            self.source.interrupt()
+        for thread in self._bringing:
+            thread.join()
+        self._ending = False
 
     @property
     def paused(self) -> bool:
@@ -465,9 +474,9 @@ class FaultServer:
             if self._closed:
                 return
             self._closed = True
-        self._feed.end()
         lib.vu_faults_stop(self._native)
-        for thread in (*self._threads, *self._bringing):
+        self._end_source()
+        for thread in self._threads:
             thread.join()
         for client in self.clients:
             client._freeze()

@@ -46,7 +46,10 @@ class Feed(Protocol):
 
     @property
     def ended(self) -> bool:
-        """Whether the source has to end."""
+        """Whether the source has to end: the server was closed, or another source takes over."""
+
+    def end(self) -> None:
+        """Ends ``next`` for every thread of the source, which cannot bring anything any more."""
 
     def place(self, guest: int, data: bytes | bytearray | memoryview | int) -> int:
         """Places bytes at guest address ``guest``, or, if ``data`` is a number, so many zero bytes; whole pages of one
@@ -63,8 +66,11 @@ class PageSource(Protocol):
     def run(self, feed: Feed, number: int) -> None:
         """Brings pages until ``feed.next`` returns None; on thread ``number``, from 0. Raises SourceLost or OSError."""
 
+    def interrupt(self) -> None:
+        """Ends what ``run`` may wait for, apart from ``feed.next``. From any thread, at any time."""
+
     def close(self) -> None:
-        """Lets go of what it has. Not while it runs, unless that is what ends ``run``."""
+        """Lets go of what it has. Not while it runs."""
 
 
 class MappedPiece(NamedTuple):
@@ -140,6 +146,9 @@ class CallableSource:
             if len(data) != ask.length:
                 raise SourceLost(f"{len(data)} bytes for guest address {ask.guest:#x}, {ask.length} were asked for")
             feed.place(ask.guest, data)
+
+    def interrupt(self) -> None:
+        """``fetch`` has to come back by itself."""
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -1,0 +1,28 @@
+"""A process that has the pages of the test's memory and serves them on a Unix socket: run, killed and run again by
+tests.
+
+python source.py PATH LATENCY
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+from tests.faultserver.client import content
+from vhostuser.pagestream import serve_pages
+
+
+def main(path: str, latency: float) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            sock, _ = listener.accept()
+            with sock:
+                serve_pages(sock, content, latency=latency)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]))
