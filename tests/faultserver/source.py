@@ -1,7 +1,8 @@
-"""A process that has the pages of the test's memory and serves them on a Unix socket: run, killed and run again by
-tests.
+"""A process that has the pages of the test's memory and serves them on a Unix socket: run, killed and run again.
 
-python source.py PATH LATENCY
+    python -m tests.faultserver.source PATH LATENCY BANDWIDTH
+
+LATENCY in seconds, BANDWIDTH in bytes a second, 0 for all there is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from tests.faultserver.client import content
 from vhostuser.pagestream import serve_pages
 
 
-def main(path: str, latency: float) -> None:
+def main(path: str, latency: float, bandwidth: float) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(path)
         listener.listen()
@@ -21,8 +22,8 @@ def main(path: str, latency: float) -> None:
         while True:
             sock, _ = listener.accept()
             with sock:
-                serve_pages(sock, content, latency=latency)
+                serve_pages(sock, content, latency=latency, bandwidth=bandwidth or None)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), float(sys.argv[3]))

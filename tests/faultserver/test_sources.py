@@ -1,5 +1,4 @@
-"""Where pages come from: a stream on which what is waited for overtakes the rest, and sources that are lost and
-return."""
+"""Where pages come from: streams on which what is waited for overtakes the rest, sources that are lost and return."""
 
 from __future__ import annotations
 
@@ -25,14 +24,14 @@ ROOT = Path(__file__).parents[2]
 class Source:
     """source.py, that can be killed and started again."""
 
-    def __init__(self, directory: Path, latency: float = 0.0) -> None:
+    def __init__(self, directory: Path, **slowness: float) -> None:
         self.path = directory / "pages"
-        self._latency = latency
-        self.start()
+        self.start(**slowness)
 
-    def start(self) -> None:
+    def start(self, *, latency: float = 0.0, bandwidth: float = 0.0) -> None:
         self.path.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "tests.faultserver.source", str(self.path), str(self._latency)]
+        words = map(str, (self.path, latency, bandwidth))
+        command = [sys.executable, "-m", "tests.faultserver.source", *words]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
@@ -163,9 +162,9 @@ def test_whoever_speaks_something_else_is_a_lost_source(bed: Bed, said: bytes) -
 @pytest.mark.parametrize("background", [False, True])
 def test_a_source_that_is_killed_and_returns(bed: Bed, tmp_path: Path, background: bool) -> None:
     """Sixteen threads of two processes wait: all are woken, all bytes are right, each page was placed once."""
-    source = bed.closing(Source(tmp_path, latency=0.05 if background else 30.0))
+    source = bed.closing(Source(tmp_path, latency=600))
     memory = bed.memory((0, 4 * MIB))
-    server = bed.server(memory, StreamSource(source.connect), events=4096)
+    server = bed.server(memory, StreamSource(source.connect))
     readers = [bed.client(server, memory)[0] for _ in range(2)]
     for reader in readers:
         reader.read(*(pages(100 * number + 7, 100 * number + 8) for number in range(8)))
@@ -175,12 +174,34 @@ def test_a_source_that_is_killed_and_returns(bed: Bed, tmp_path: Path, backgroun
     source.close()
     until(lambda: server.lost, "the source is lost")
     assert server.paused
-    until(lambda: server.stats().waiting == 16, "all wait") if not background else None
-    source._latency = 0.0
+    assert server.stats().waiting == 16
     source.start()
     server.resume()
     assert all(good(reader.answers(8)) for reader in readers)
+    check_all(server, readers, background)
+
+
+def test_a_source_that_is_killed_in_the_middle_of_the_background(bed: Bed, tmp_path: Path) -> None:
+    source = bed.closing(Source(tmp_path, bandwidth=MIB))
+    memory = bed.memory((0, 4 * MIB))
+    server = bed.server(memory, StreamSource(source.connect))
+    readers = [bed.client(server, memory)[0] for _ in range(2)]
     server.prefetch()
+    until(lambda: server.stats().received >= 64, "some of it has come")
+    for reader in readers:
+        reader.read(*(pages(1023 - number) for number in range(8)))
+    source.close()
+    until(lambda: server.lost, "the source is lost")
+    source.start()
+    server.resume()
+    assert all(good(reader.answers(8)) for reader in readers)
+    check_all(server, readers, True)
+
+
+def check_all(server: FaultServer, readers: list[Any], background: bool) -> None:
+    """The rest comes, all is right, nothing was placed twice."""
+    if not background:
+        server.prefetch()
     assert server.wait(10)
     for reader in readers:
         reader.read([(0, 4 * MIB)])

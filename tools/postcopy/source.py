@@ -58,6 +58,9 @@ class DelayedSource:
         (file,) = (file for file in self._files if file.guest <= guest < file.guest + file.size)
         return os.pread(file.fd, length, file.offset + guest - file.guest)
 
+    def interrupt(self) -> None:
+        """It waits for no longer than the delays that were asked for."""
+
     def close(self) -> None:
         """Nothing to let go of."""
 
