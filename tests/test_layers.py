@@ -107,6 +107,11 @@ def test_drivers_know_rings_and_no_connections(path: Path) -> None:
     assert ours(path) <= {"driverqueue", "frontend_ring", "protocol"}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/conformance").rglob("*.py")), ids=lambda path: path.name)
+def test_the_suite_takes_our_back_end_for_a_stranger(path: Path) -> None:
+    assert ours(path) <= {"conformance", "drivers", "driverqueue", "faultserver", "frontend", "protocol", "uffd"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/testing").glob("*.py")), ids=lambda path: path.name)
 def test_the_test_kit_knows_no_tools(path: Path) -> None:
     assert not ours(path) & {"tools", "conformance"}

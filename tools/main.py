@@ -22,6 +22,7 @@ class Tool(NamedTuple):
 
 
 TOOLS: Final = {
+    "conform": Tool("vhostuser.tools.conform", "try whether a back-end keeps to the specification"),
     "postcopy": Tool("vhostuser.tools.postcopy.command", "try a back-end's postcopy on one machine, without a VM"),
 }
 

@@ -1,0 +1,176 @@
+"""A ring with requests in it, as a case drives it: offer, kick, see what comes back, or that nothing does.
+
+What belongs here: requests that any device of a kind must serve, and waiting for them. What does not: what is sent to
+the back-end about the ring beyond start and stop (``peer``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+from typing import NamedTuple
+
+from vhostuser.conformance.suite import Violation, check, equal
+from vhostuser.driverqueue import DriverQueue, RawRing
+from vhostuser.drivers.blk import BlkAnswer, BlkDriver, BlkRequest, BlkStatus
+from vhostuser.drivers.net import FrameSender
+from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
+
+DEPTH, LARGEST = 16, 16 * 1024
+AREA = BlkDriver.bytes_needed(DEPTH, LARGEST)
+"""Guest memory that a lane's requests take, in bytes."""
+
+PLAIN = BlkRequest.read(0, 1)
+"""What a disk is asked where it does not matter what: it writes to memory, not to the medium."""
+_FRAME = bytes(12) + b"\x08\x00" + bytes(50)
+
+_LOOK = 0.001
+
+
+class Buffers(NamedTuple):
+    """Guest addresses of a block request that a case puts into the ring by itself. The status is one byte."""
+
+    header: int
+    data: int
+    status: int
+
+
+class Lane:
+    """One ring with its requests. Owns the ring's eventfds.
+
+    at: guest address of the requests. features: negotiated virtio features. frames: requests are frames to send, not
+    block requests. patience: seconds to wait for what must come. quiet: seconds to look on where nothing may.
+    """
+
+    def __init__(
+        self, frontend: Frontend, memory: SharedMemory, index: int, queue: DriverQueue, at: int, *,
+        frames: bool, patience: float, quiet: float,
+    ) -> None:  # fmt: skip
+        self.frontend = frontend
+        self.memory = memory
+        self.index = index
+        self.at = at
+        self.queue = queue
+        self.ring = FrontendRing(index, queue)
+        self.base = 0
+        """Where to start, or go on after a stop."""
+        self.patience = patience
+        self.quiet = quiet
+        features = frontend.session.features
+        self._sender = FrameSender(queue, at, features=features, slots=DEPTH) if frames else None
+        self._disk = BlkDriver(queue, at, depth=DEPTH, largest=LARGEST)
+        self._out = 0
+
+    @property
+    def raw(self) -> RawRing:
+        """The ring byte by byte."""
+        return self.queue.raw
+
+    # ---- the ring's life
+
+    async def start(self, **options: bool) -> None:
+        """Sets the ring up from ``base`` on, gives its eventfds, enables it; see ``Frontend.start_ring``."""
+        await self.frontend.start_ring(self.ring, self.memory, base=self.base, **options)
+
+    async def stop(self) -> int:
+        """GET_VRING_BASE; the base, which is kept."""
+        self.base = await self.frontend.stop_ring(self.ring)
+        return self.base
+
+    async def enable(self, on: bool = True) -> None:
+        """SET_VRING_ENABLE."""
+        await self.frontend.set_vring_enable(self.index, on)
+
+    def kick(self) -> None:
+        """Notifies the back-end."""
+        self.ring.kick()
+
+    # ---- requests
+
+    def offer(self, *requests: BlkRequest, count: int = 1) -> None:
+        """Makes requests available, without a kick; none given: ``count`` plain ones."""
+        if self._sender is not None:
+            self._out += self._sender.send([_FRAME] * count)
+        else:
+            for request in requests or [PLAIN] * count:
+                check(self._disk.submit(request) is not None, "room for a request", "the ring full")
+                self._out += 1
+        self.queue.publish()
+
+    def buffers(self, request: BlkRequest = PLAIN, slot: int = DEPTH - 1) -> Buffers:
+        """Lays a request out in memory, for a case that describes it in the ring by itself."""
+        head = self.at + slot * 64
+        self.memory.write(head, request.type.to_bytes(4, "little") + bytes(4) + request.sector.to_bytes(8, "little"))
+        self.memory.write(head + 32, bytes([BlkStatus.NONE]))
+        return Buffers(head, self._disk.data_at(slot), head + 32)
+
+    def _collect(self) -> list[BlkAnswer]:
+        if self._sender is not None:
+            self._out -= self._sender.collect()
+            return []
+        answers = [answer for _, answer in self._disk.collect()]
+        self._out -= len(answers)
+        return answers
+
+    async def answers(self, left: int = 0) -> list[BlkAnswer]:
+        """Waits until no more than ``left`` requests are out; what came, in the order of the used ring. Looks at the
+        ring and not for calls."""
+        found: list[BlkAnswer] = []
+        deadline = asyncio.get_running_loop().time() + self.patience
+        while True:
+            found += self._collect()
+            if self._out <= left:
+                return found
+            if asyncio.get_running_loop().time() > deadline:
+                raise Violation("every request returned", f"{self._out} still out after {self.patience:g} s")
+            await asyncio.sleep(_LOOK)
+
+    async def works(self, *requests: BlkRequest, kick: bool = True) -> list[BlkAnswer]:
+        """Offers requests (a plain one), and sees all come back done."""
+        self.offer(*requests)
+        if kick:
+            self.kick()
+        return await self.served()
+
+    async def served(self) -> list[BlkAnswer]:
+        """Sees everything that is out come back done."""
+        answers = await self.answers()
+        for answer in answers:
+            equal(f"the status of request type {answer.request.type}", answer.status, int(BlkStatus.OK))
+        return answers
+
+    async def idle(self) -> None:
+        """Sees that the ring is not processed: nothing is returned for a while."""
+        await self.frontend.get_features()  # what was sent before has been seen
+        out = self._out
+        await asyncio.sleep(self.quiet)
+        self._collect()
+        check(self._out == out, "the ring left alone", f"{out - self._out} requests returned")
+
+    async def called(self, within: float | None = None) -> bool:
+        """Is the call eventfd signalled ``within`` so many seconds (default: the patience)? Its counter is taken."""
+        try:
+            async with asyncio.timeout(self.patience if within is None else within):
+                await self.ring.called()
+        except TimeoutError:
+            return False
+        return True
+
+    def forget_calls(self) -> None:
+        """Takes the call eventfd's counter."""
+        if select.select([self.ring.call_fd], [], [], 0)[0]:
+            os.eventfd_read(self.ring.call_fd)
+
+    async def reported(self) -> bool:
+        """Is the err eventfd signalled?"""
+        try:
+            async with asyncio.timeout(self.patience):
+                await self.ring.broken()
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Closes the eventfds."""
+        self.ring.close()

@@ -1,0 +1,258 @@
+"""What a case has at hand: a fresh connection to the back-end, memory, rings, and the means to send what no front-end
+would.
+
+What belongs here: the openings that many cases share, and how a back-end takes a bad message. What does not: rings with
+requests (``lane``), processes (``subject``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+from vhostuser.conformance.lane import AREA, Lane
+from vhostuser.conformance.subject import Subject
+from vhostuser.conformance.suite import Skipped, Violation, check
+from vhostuser.driverqueue import DriverQueue
+from vhostuser.frontend import DRIVABLE_PROTOCOL, Frontend, ReplyTimeout, SharedLog, SharedMemory
+from vhostuser.protocol import (
+    FRONTEND,
+    NEED_REPLY,
+    REPLY,
+    U64,
+    VERSION,
+    FrontendRequest,
+    Header,
+    Payload,
+    ProtocolFeature,
+    VirtioFeature,
+)
+
+MIB = 1 << 20
+MEMORY = 8 * MIB
+RINGS = 64 * 1024
+"""Guest memory for each ring, from address 0 on; requests follow from 1 MiB on."""
+PLAIN = VirtioFeature.VERSION_1.mask | VirtioFeature.PROTOCOL_FEATURES.mask
+
+
+class Kind(Enum):
+    """How a back-end took a message."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    CLOSED = "the connection closed"
+    SILENT = "no answer"
+
+
+class Reaction(NamedTuple):
+    """How, and what it answered: flags and payload of the reply, how many descriptors came with it."""
+
+    kind: Kind
+    flags: int = 0
+    body: bytes = b""
+    fds: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} (reply {self.body.hex()})" if self.body else self.kind.value
+
+
+class Peer:
+    """One case's view of the back-end. Owns everything that it makes."""
+
+    def __init__(self, frontend: Frontend, subject: Subject, patience: float, quiet: float, *, net: bool) -> None:
+        self.frontend = frontend
+        self.subject = subject
+        self.patience = patience
+        self.quiet = quiet
+        self.index = 1 if net else 0
+        """The ring whose requests this suite knows."""
+        self._net = net
+        self._owned = ExitStack()
+        self._owned.callback(frontend.close)
+        self._fds: set[int] = set()
+        self._memory: SharedMemory | None = None
+
+    def close(self) -> None:
+        """Closes the connections and everything that was made."""
+        self._owned.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+    async def again(self) -> Frontend:
+        """Leaves the back-end and connects anew; memory stays ours, the back-end has to be told again."""
+        self.frontend.close()
+        self.frontend = await self.subject.connect()
+        self._owned.callback(self.frontend.close)
+        return self.frontend
+
+    # ---- openings
+
+    async def negotiate(self, *features: VirtioFeature, without: Collection[ProtocolFeature] = ()) -> Frontend:
+        """Takes VERSION_1, protocol features and these; of the protocol features all but those ``without``."""
+        wanted = PLAIN | sum(feature.mask for feature in features)
+        protocol = DRIVABLE_PROTOCOL & ~sum(feature.mask for feature in without)
+        await self.frontend.negotiate(wanted, protocol)
+        return self.frontend
+
+    def make_memory(self, *regions: tuple[int, int], hugetlb: bool = False) -> SharedMemory:
+        """Memory that nobody was told of yet; by default 8 MiB from guest address 0 on."""
+        memory = SharedMemory(*(regions or [(0, MEMORY)]), hugetlb=hugetlb)
+        self._owned.callback(memory.close)
+        return memory
+
+    @property
+    def memory(self) -> SharedMemory:
+        """What was shared last."""
+        assert self._memory is not None
+        return self._memory
+
+    async def share(self, memory: SharedMemory | None = None) -> SharedMemory:
+        """SET_MEM_TABLE with this memory, or with what ``make_memory`` makes."""
+        self._memory = memory or self.make_memory()
+        await self.frontend.set_mem_table(self._memory)
+        return self._memory
+
+    def make_log(self) -> SharedLog:
+        """A dirty log for the memory that was shared."""
+        log = SharedLog(self.memory.end)
+        self._owned.callback(log.close)
+        return log
+
+    def make_lane(self, index: int | None = None, *, size: int = 64, indirect: bool = False) -> Lane:
+        """A ring in the shared memory that the back-end does not know yet."""
+        index = self.index if index is None else index
+        event_idx = self.frontend.session.has(VirtioFeature.RING_EVENT_IDX)
+        queue = DriverQueue(self.memory.map, index * RINGS, size, event_idx=event_idx, indirect=indirect)
+        lane = Lane(
+            self.frontend, self.memory, index, queue, MIB + index * AREA,
+            frames=self._net, patience=self.patience, quiet=self.quiet,
+        )  # fmt: skip
+        self._owned.callback(lane.close)
+        return lane
+
+    async def lane(self, *features: VirtioFeature, size: int = 64, **options: bool) -> Lane:
+        """The usual opening: negotiates, shares memory, sets the ring up as ``Lane.start`` does. No kick yet."""
+        await self.negotiate(*features)
+        await self.share()
+        lane = self.make_lane(size=size)
+        await lane.start(**options)
+        return lane
+
+    # ---- messages of any content
+
+    async def send(
+        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION
+    ) -> None:
+        """Sends a message of any content. The descriptors stay the caller's."""
+        body = payload if isinstance(payload, bytes) else payload.pack()
+        await self.frontend.send_raw(Header(code, flags, len(body)).pack() + body, fds)
+
+    async def react(
+        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION | NEED_REPLY
+    ) -> Reaction:
+        """Sends a message of any content, and sees how it is taken; by default it asks for an answer."""
+        try:
+            await self.send(code, payload, fds, flags=flags)
+        except ConnectionError:
+            return Reaction(Kind.CLOSED)
+        return await self.reaction(code)
+
+    async def reaction(self, code: int) -> Reaction:
+        """How the message ``code``, which was sent, is taken."""
+        try:
+            message = await self.frontend.receive_message()
+        except ReplyTimeout:
+            return Reaction(Kind.SILENT)
+        if message is None:
+            return Reaction(Kind.CLOSED)
+        count = len(message.fds)
+        message.fds.close()
+        if message.header.request != code:
+            raise Violation(f"an answer to request {code}", f"an answer to request {message.header.request}")
+        kind = Kind.REFUSED if _says_no(code, message.body, count) else Kind.DONE
+        return Reaction(kind, message.header.flags, message.body, count)
+
+    async def refuses(
+        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION | NEED_REPLY
+    ) -> None:
+        """The message must not be taken for done: a refusal, or the end of the connection."""
+        if not self.frontend.session.has(ProtocolFeature.REPLY_ACK) and not _has_reply(code):
+            raise Skipped("without REPLY_ACK a refusal cannot be seen")
+        reaction = await self.react(code, payload, fds, flags=flags)
+        check(reaction.kind in (Kind.REFUSED, Kind.CLOSED), "a refusal, or the connection closed", str(reaction))
+
+    async def accepts(
+        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION | NEED_REPLY
+    ) -> Reaction:
+        """The message must be answered, and not with no."""
+        reaction = await self.react(code, payload, fds, flags=flags)
+        check(reaction.kind is Kind.DONE, "the request done and answered", str(reaction))
+        check(reaction.flags == VERSION | REPLY, "a reply with flags 0x5", f"flags {reaction.flags:#x}")
+        return reaction
+
+    async def answers(self) -> None:
+        """The connection lives: GET_FEATURES is answered next, by the very next message."""
+        await self.accepts(FrontendRequest.GET_FEATURES, flags=VERSION)
+
+    async def serves_another(self) -> None:
+        """The next front-end is served, whatever became of this connection."""
+        frontend = await self.again()
+        await frontend.get_features()
+
+    # ---- descriptors
+
+    def pipe(self) -> tuple[int, int]:
+        """Both ends of a pipe, read and write; they are closed with the case."""
+        ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._fds.update(ends)
+        return ends
+
+    def eventfd(self) -> int:
+        """An eventfd, closed with the case."""
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._fds.add(fd)
+        return fd
+
+    async def let_go(self, read: int, write: int) -> bool:
+        """Closes our write end of a pipe of which the back-end was sent another; does it close its own too?"""
+        self._fds.remove(write)
+        os.close(write)
+        poll = select.poll()
+        poll.register(read, 0)
+        deadline = asyncio.get_running_loop().time() + self.patience
+        while not poll.poll(0):
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(0.005)
+        return True
+
+    def open_fds(self) -> int:
+        """How many descriptors the back-end's process has. Raises Skipped where that cannot be seen."""
+        try:
+            return len(list(Path(f"/proc/{self.subject.pid}/fd").iterdir()))
+        except OSError as error:
+            raise Skipped(f"the back-end's descriptors cannot be counted: {error.strerror}") from None
+
+
+def _has_reply(code: int) -> bool:
+    return code in FRONTEND and bool(FRONTEND[code].reply)
+
+
+def _says_no(code: int, body: bytes, fds: int) -> bool:
+    """Does a reply of this content refuse the request?"""
+    row = FRONTEND.get(code)
+    if row is None or not row.reply:
+        return body != U64(0).pack()
+    if row.refusal is None:
+        return False
+    kind = next((kind for kind in row.reply if len(body) in kind.sizes), None)
+    if kind is None:
+        raise Violation(f"a reply to {row} as the specification has it", f"{len(body)} bytes")
+    request = row.request[0].unpack(bytes(row.request[0].sizes[0]))
+    return row.refusal.told(request, kind.unpack(body), fds)

@@ -1,0 +1,140 @@
+"""The back-end under test: one that runs already, or one that is started, killed and started again.
+
+What belongs here: processes and sockets. What does not: what is said on the socket (``peer``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from vhostuser.conformance.suite import Unreachable, Violation
+from vhostuser.frontend import Frontend
+
+_IMAGE = 64 << 20
+_AGAIN = 0.01
+_UCRED = struct.Struct("3i")
+
+
+class Subject:
+    """A back-end that listens on ``path``. With ``command`` it is a process of ours, made by the first ``connect``.
+
+    patience: seconds to wait for it to listen, and for each of its answers. directory: where its output is kept.
+    """
+
+    def __init__(self, path: Path, command: Sequence[str] = (), *, patience: float, directory: Path) -> None:
+        self._path = path
+        self._command = command
+        self._patience = patience
+        self._output = directory / "output"
+        self._process: asyncio.subprocess.Process | None = None
+        self.pid: int | None = None
+        """Of the process at the other end of the last connection, where the kernel tells."""
+
+    @property
+    def ours(self) -> bool:
+        """May it be killed?"""
+        return bool(self._command)
+
+    async def connect(self) -> Frontend:
+        """A new connection; starts the process if it does not run. Raises Unreachable."""
+        if self.ours and (self._process is None or self._process.returncode is not None):
+            await self._start()
+        sock = await self._connected()
+        with contextlib.suppress(OSError):
+            self.pid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
+        frontend = Frontend(sock)
+        frontend.timeout = self._patience
+        return frontend
+
+    async def _start(self) -> None:
+        self._path.unlink(missing_ok=True)
+        with self._output.open("ab") as output:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                )
+            except OSError as error:
+                raise Unreachable(f"{self._command[0]} cannot be started: {error.strerror}") from None
+
+    async def _connected(self) -> socket.socket:
+        """Tries until somebody listens: a connection made only to look would count as a front-end."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            try:
+                await loop.sock_connect(sock, str(self._path))
+                return sock
+            except OSError as error:
+                sock.close()
+                if self._process is not None and self._process.returncode is not None:
+                    raise Unreachable(f"the back-end ended: {self._end()}") from None
+                if loop.time() > deadline:
+                    raise Unreachable(f"{self._path}: {error.strerror}") from None
+            await asyncio.sleep(_AGAIN)
+
+    async def kill(self) -> None:
+        """Ends our process as a crash would (SIGKILL)."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            await self._process.wait()
+
+    async def ended(self, within: float) -> int | None:
+        """The status of our process if it ends ``within`` so many seconds: negative for a signal, as in subprocess."""
+        if self._process is None:
+            return None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self._process.wait()
+        return self._process.returncode
+
+    async def terminate(self) -> None:
+        """Asks our process to end (SIGTERM)."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.terminate()
+
+    async def close(self) -> None:
+        """Ends our process."""
+        await self.kill()
+
+    async def survived(self, quiet: float) -> None:
+        """Raises Violation if our process was killed by a signal of its own making, now or within ``quiet`` seconds."""
+        status = await self.ended(quiet)
+        if status is not None and status < 0:
+            raise Violation("the process to survive what a front-end does", self._end())
+
+    def _end(self) -> str:
+        """How our process ended, and its last words."""
+        assert self._process is not None
+        status = self._process.returncode or 0
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        lines = self._output.read_text(errors="replace").split("\n")
+        words = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"{how} ({words})" if words else how
+
+
+def command_of(template: str, directory: Path) -> tuple[Path, list[str]]:
+    """The socket and the words of a command in which {socket}, {directory} and {image} stand for things in
+    ``directory``; the image is made, 64 MiB of zeros. Raises ValueError for a template without {socket}."""
+    if "{socket}" not in template:
+        raise ValueError("the command has no {socket}: put it where the back-end's option wants the path")
+    path, image = directory / "socket", directory / "image"
+    if "{image}" in template:
+        with image.open("wb") as file:
+            file.truncate(_IMAGE)
+    names = {"{socket}": str(path), "{directory}": str(directory), "{image}": str(image)}
+    words = shlex.split(template)
+    for name, value in names.items():
+        words = [word.replace(name, value) for word in words]
+    return path, words
