@@ -1,4 +1,4 @@
-"""What this process holds, before and after: descriptors, shared mappings, threads.
+"""What this process holds, before and after: descriptors and shared mappings.
 
 What belongs here: looking at /proc. What does not: saying what ought to be held.
 """
@@ -29,11 +29,6 @@ def shared_mappings() -> Counter[str]:
     """How often each file is mapped shared into this process: guest memory, dirty logs, in-flight buffers."""
     lines = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
     return Counter(f"{fields[5]} (inode {fields[4]})" for fields in lines if len(fields) > 5 and fields[1][3] == "s")
-
-
-def threads() -> int:
-    """This process's threads."""
-    return len(list(Path("/proc/self/task").iterdir()))
 
 
 @contextmanager
