@@ -33,6 +33,7 @@ def good_record(clients: int = 1) -> Record:
         began=9 * MS,
         released=10 * MS,
         ended=20 * MS,
+        rest=20 * MS,
         pages=64,
         compared=64 * PAGE,
     )

@@ -17,7 +17,8 @@ from vhostuser.tools.postcopy.report import MIB, Result, bucket, duration
 # Okabe and Ito's colours, which people tell apart whatever their eyes; the first is left to what is in the background.
 _GREY, *_COLOURS = "#bbbbbb", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 _OURS = "#000000"
-_DPI = 130
+_DPI = {".png": 130, ".svg": 90}
+"""Also of the points in an SVG, which are put into it as a picture: there may be a million."""
 _SLICES = 120
 _STYLE = {
     "font.size": 9,
@@ -145,7 +146,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     with pyplot.rc_context(_STYLE):
         figure = _run(pyplot, results[0]) if len(results) == 1 else _comparison(pyplot, results)
         try:
-            figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+            figure.savefig(path, dpi=_DPI[path.suffix], metadata={"Date": None} if path.suffix == ".svg" else None)
         except OSError as error:
             raise PlotError(f"--plot: {path}: {error.strerror}") from None
         finally:
@@ -172,6 +173,7 @@ def _run(pyplot: Any, result: Result) -> Any:
     verdict = "pass" if result.verdict.passed else "FAIL " + ", ".join({f.id: 0 for f in result.verdict.findings})
     figure.suptitle(f"{result.record.label}: {verdict}", x=0.01, ha="left", fontsize=11, fontweight="bold")
     _draw_memory(memory, data)
+    _draw_phases(memory, result.record)
     lanes.sharex(memory)
     _draw_lanes(lanes, data)
     _draw_histogram(histogram, bars(result.record))
@@ -189,6 +191,16 @@ def _draw_memory(axes: Any, data: Timeline) -> None:
     axes.tick_params(axis="x", labelbottom=False)
     axes.legend(loc="lower left", bbox_to_anchor=(0.42, 1.0), ncols=4, markerscale=2, handletextpad=0.1, borderpad=0)
     axes.margins(x=0.01, y=0.02)
+
+
+def _draw_phases(axes: Any, record: Record) -> None:
+    """Where pages began to come, and where the last request was done: what came later nobody waited for."""
+    for at, what in ((record.released, "pages come"), (record.ended, "requests done")):
+        ms = (at - record.began) / 1e6
+        axes.axvline(ms, color=_OURS, linewidth=0.6, linestyle=(0, (2, 3)))
+        place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "center"}
+        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1}
+        axes.text(ms, 0.5, what, fontsize=7, color="#444444", bbox=box, **place)
 
 
 def _draw_lanes(axes: Any, data: Timeline) -> None:

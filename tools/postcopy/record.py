@@ -183,6 +183,8 @@ class Record:
     """From here on pages came; before, each back-end had to wait for its first."""
     ended: int = 0
     """The last request was completed; those that were read back afterwards do not count."""
+    rest: int = 0
+    """The last page that came by itself was there, and the last request completed; 0 if it did not come to that."""
     pages: int = 0
     page_size: int = 4096
     regions: tuple[tuple[int, int], ...] = ()
@@ -196,7 +198,7 @@ class Record:
     def background(self) -> tuple[int, float]:
         """The pages that came by themselves, also where somebody waited for them, and the seconds until the last of
         them was there. 0 where that cannot be told: no page came by itself, or events were lost."""
-        placed = [e for e in self.events if e.kind is Happening.PLACED and e.at <= self.ended]
+        placed = [e for e in self.events if e.kind is Happening.PLACED and e.at <= self.rest]
         mine = [(e.at, page) for e in placed for page in range(e.guest, e.guest + e.size, self.page_size)]
         mine = [(at, page) for at, page in mine if page not in self.on_demand]
         if self.lost_events or len(mine) + len(self.on_demand) < self.pages:

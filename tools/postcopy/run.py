@@ -12,7 +12,7 @@ import time
 from vhostuser.tools.postcopy.bench import Bench
 from vhostuser.tools.postcopy.guest import GuestError
 from vhostuser.tools.postcopy.handshake import Conversation, StepFailed
-from vhostuser.tools.postcopy.options import MIB, Flow, Options, Wake
+from vhostuser.tools.postcopy.options import MIB, Flow, Options, Order, Wake
 from vhostuser.tools.postcopy.pages import PagesError
 from vhostuser.tools.postcopy.plan import Area, PlanError
 from vhostuser.tools.postcopy.progress import Progress
@@ -156,6 +156,10 @@ class Run:
         bench.pages.release()
         await self._watch.until(lambda: all(load.ended for load in bench.loads))
         record.ended = time.monotonic_ns()
+        if bench.options.order is not Order.NONE:
+            by_themselves = list(bench.plan.all_pages_but(bench.plan.on_demand))
+            await self._watch.until(lambda: not bench.pages.missing(by_themselves))
+        record.rest = time.monotonic_ns()
 
     async def _end(self) -> None:
         """Brings everything but the canaries; then whoever has filled one is found out, and they come too."""

@@ -1,0 +1,62 @@
+"""Parts of a run on their own: the source's link, the command line of a back-end, memory that the machine lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vhostuser.tools.postcopy import guest as guest_module
+from vhostuser.tools.postcopy.guest import Guest, GuestError
+from vhostuser.tools.postcopy.plan import Area, Plan, Shape, make_plan
+from vhostuser.tools.postcopy.source import Link
+from vhostuser.tools.postcopy.subject import Place, command_line
+
+MIB = 1 << 20
+
+
+def plan(page_size: int = 4096) -> Plan:
+    return make_plan(Shape(4 * max(2 * MIB, 2 * page_size), 2, page_size, 1, 6000))
+
+
+def test_what_goes_over_the_link_takes_its_turn() -> None:
+    link = Link(1000)
+    assert link.through(500, now=10.0) == 10.5
+    assert link.through(500, now=10.1) == 11.0
+    assert link.through(500, now=20.0) == 20.5
+
+
+def test_a_link_without_a_limit_takes_no_time() -> None:
+    assert Link(0).through(1 << 30, now=3.0) == 3.0
+
+
+def test_names_in_a_command_are_filled_in_word_by_word() -> None:
+    place = Place(Path("/a b/s"), Path("/d"), Path("/w"))
+    words = command_line("blk --socket={socket} '{disk} {other}' --wake {wake} -n{number}", 3, place)
+    assert words == ["blk", "--socket=/a b/s", "/d {other}", "--wake", "/w", "-n3"]
+
+
+def test_emptied_memory_reads_as_zeros_and_stays_empty() -> None:
+    with Guest(plan()) as guest:
+        guest.write(0, b"content")
+        assert (guest.present, guest.read(Area(0, 7))) == (1, b"content")
+        guest.empty()
+        assert guest.read(Area(0, 7)) == bytes(7)
+        assert guest.read(Area(1 << 30, 2 * MIB)) == bytes(2 * MIB)
+        assert guest.present == 0
+
+
+@pytest.mark.parametrize("content", ["1\n", None], ids=["too-few", "none"])
+def test_huge_pages_that_are_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None) -> None:
+    free = tmp_path / "free_hugepages"
+    if content is not None:
+        free.write_text(content)
+    monkeypatch.setattr(guest_module, "_FREE", free)
+    with pytest.raises(GuestError, match=r"^--page-size=2M: [^\n]*2 MiB[^\n]*$"):
+        Guest(plan(2 * MIB))
+
+
+def test_neighbouring_pages_are_put_together_and_regions_are_not() -> None:
+    made = plan()
+    pages = [4096, 0, 3 * 4096, 4 * MIB - 4096, 1 << 30]
+    assert made.runs(pages) == [Area(0, 8192), Area(3 * 4096, 4096), Area(4 * MIB - 4096, 4096), Area(1 << 30, 4096)]
