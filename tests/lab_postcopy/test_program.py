@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from vhostuser.tools.main import TOOLS
 from vhostuser.tools.postcopy.rules import RULES
 from vhostuser.uffd import NotPermitted, Userfaultfd
 
@@ -216,10 +217,10 @@ def test_the_help_names_every_option_and_the_exit_statuses() -> None:
 def test_the_tools_are_listed(arguments: list[str], status: int) -> None:
     done = run(*arguments)
     assert done.returncode == status
-    assert "  postcopy  " in done.stdout
+    assert all(f"  {name}  " in done.stdout for name in TOOLS)
 
 
 def test_a_tool_that_does_not_exist() -> None:
     done = run("postcopie")
     assert done.returncode == 2
-    assert done.stderr == "vhostuser: there is no tool 'postcopie', only postcopy (see vhostuser --help)\n"
+    assert done.stderr == f"vhostuser: there is no tool 'postcopie', only {', '.join(TOOLS)} (see vhostuser --help)\n"
