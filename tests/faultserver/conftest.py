@@ -172,6 +172,11 @@ class Bed:
     def server(self, memory: Any, source: Any = None, **settings: Any) -> FaultServer:
         return self.closing(FaultServer(memory, source or self.image(memory), **settings))
 
+    def pair(self) -> tuple[socket.socket, socket.socket]:
+        """Both ends of a wake channel on which HELLO has been said."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return self.closing(ours), self.closing(theirs)
+
     def process(self, memory: SharedMemory, mode: Mode = Mode.MISSING) -> Process:
         return self.closing(Process(memory, mode))
 

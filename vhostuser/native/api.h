@@ -92,8 +92,9 @@ typedef struct {
     uint64_t guest, length; /* bytes, whole pages of 4096 */
 } vu_range;
 #define VU_LOG_RANGES 8 /* the least `max` of vu_log_take */
-/* What a front-end does with the log: takes marks away, each atomically, from page *page on, and stores runs of neighbouring
- * pages. Returns how many; fewer than max - VU_LOG_RANGES + 1 only at the end of the log. *page is where to go on. */
+/* What a front-end does with the log: takes marks away, each atomically, from page *page on, and stores runs of
+ * neighbouring pages. Returns how many; fewer than max - VU_LOG_RANGES + 1 only at the end of the log. *page is where
+ * to go on. */
 int vu_log_take(vu_log *log, uint64_t *page, vu_range *ranges, uint32_t max);
 
 /* ---- device side of a ring (queue.c whatever the format, split.c) -------------------------------- */
@@ -150,15 +151,15 @@ uint64_t vu_queue_returned(const vu_queue *queue); /* chains pushed */
 int vu_queue_broken(const vu_queue *queue);        /* 0 or the sticky VU_E_ code */
 uint16_t vu_queue_broken_head(const vu_queue *queue);
 
-/* Pops up to `max` chains: the count, 0 if the ring is empty, or the sticky code. Chains in front of one that breaks the
- * ring are handed out first. After a restart the chains that the in-flight region names come first, in the order in
+/* Pops up to `max` chains: the count, 0 if the ring is empty, or the sticky code. Chains in front of one that breaks
+ * the ring are handed out first. After a restart the chains that the in-flight region names come first, in the order in
  * which they were taken. [touches] */
 int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max);
 /* Returns chains with the number of bytes written into each (at most chain->writable counts); one update of the used
  * index for all. Releases them also where it fails: a broken ring is not written to. [touches] */
 int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count);
-/* Writes the call eventfd once if the driver wants to hear of what was pushed since the last signal: 1 if it did. A call
- * that has no descriptor yet is kept for the next signal. VU_E_SYS: the descriptor is of no use. [touches] */
+/* Writes the call eventfd once if the driver wants to hear of what was pushed since the last signal: 1 if it did. A
+ * call that has no descriptor yet is kept for the next signal. VU_E_SYS: the descriptor is of no use. [touches] */
 int vu_queue_signal(vu_queue *queue);
 /* Asks the driver for kicks; 1 if something became available meanwhile (pop again), else 0. [touches] */
 int vu_queue_arm(vu_queue *queue);
@@ -211,9 +212,11 @@ typedef struct {
     uint32_t head, length; /* bytes that the device says it wrote */
 } vu_returned;
 
-/* A split ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches] */
+/* A split ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches]
+ * */
 vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags, int *error);
-/* The same with each part where the caller wants it: aligned as the specification asks, each in one region. [touches] */
+/* The same with each part where the caller wants it: aligned as the specification asks, each in one region. [touches]
+ * */
 vu_driver *vu_driver_place(vu_map *map, const struct vu_driver_parts *parts, uint32_t size, uint32_t flags, int *error);
 /* Goes on in another map that holds the same ring at the same guest addresses. Touches nothing. On failure stays. */
 int vu_driver_move(vu_driver *driver, vu_map *map);
@@ -225,17 +228,18 @@ uint64_t vu_driver_used(const vu_driver *driver);
 /* Offers one chain; its head, or VU_E_SIZE when there is no room for it or count is 0. Not visible before
  * vu_driver_publish. Buffers are taken as they are, also those that a device must refuse. [touches] */
 int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count);
-/* Offers `chains` chains, the first of counts[0] buffers, and so on, and stores their heads: how many there was room for.
- * Negative: the code of the first chain. [touches] */
+/* Offers `chains` chains, the first of counts[0] buffers, and so on, and stores their heads: how many there was room
+ * for. Negative: the code of the first chain. [touches] */
 int vu_driver_add_many(vu_driver *driver, const vu_buffer *buffers, const uint32_t *counts, uint32_t chains, uint16_t *heads);
 /* Publishes what was added; 1 if the device wants a kick, else 0. [touches] */
 int vu_driver_publish(vu_driver *driver);
-/* Takes one used chain: 1 and its head and length, 0 if there is none, negative if the device broke the ring. [touches] */
+/* Takes one used chain: 1 and its head and length, 0 if there is none, negative if the device broke the ring. [touches]
+ * */
 int vu_driver_take(vu_driver *driver, uint16_t *head, uint32_t *length);
 /* Takes up to `max`: how many. Those in front of one that breaks the ring are handed out first. [touches] */
 int vu_driver_take_many(vu_driver *driver, vu_returned *returned, uint32_t max);
-/* Waits until something was used: 1, or 0 after timeout_ns. Looks for spin_ns, then asks for a call and sleeps on `call`, an
- * eventfd that it reads; without one (-1) it goes on looking, ever more rarely. [touches] */
+/* Waits until something was used: 1, or 0 after timeout_ns. Looks for spin_ns, then asks for a call and sleeps on
+ * `call`, an eventfd that it reads; without one (-1) it goes on looking, ever more rarely. [touches] */
 int vu_driver_wait(vu_driver *driver, int call, uint64_t spin_ns, uint64_t timeout_ns);
 /* Asks for calls; 1 if something was used meanwhile. [touches] */
 int vu_driver_arm(vu_driver *driver);
@@ -287,18 +291,20 @@ int vu_queue_set_touch(vu_queue *queue, vu_touch *touch);
 /* Touches the ring's own pages, several at once. [touches] */
 int vu_queue_touch_ring(vu_queue *queue);
 /* 0: every page of the chain is resident, go on. 1: missing pages were asked for, the chain comes back through
- * vu_ahead_collect. A chain with one missing page in a queue with nothing else to do is touched at once ([touches], 0). */
+ * vu_ahead_collect. A chain with one missing page in a queue with nothing else to do is touched at once ([touches], 0).
+ * */
 int vu_ahead_submit(vu_queue *queue, vu_chain *chain, int alone);
 /* Chains whose pages have all been touched; chain->fault tells of those that could not. Never blocks. */
 int vu_ahead_collect(vu_queue *queue, vu_chain **chains, uint32_t max);
 uint32_t vu_ahead_waiting(const vu_queue *queue); /* chains submitted and not yet collected */
-int vu_ahead_fd(const vu_queue *queue);           /* an eventfd, readable when collect has something; -1 without a pool */
+int vu_ahead_fd(const vu_queue *queue);           /* an eventfd, readable when collect has something; -1 without a pool
+ * */
 
 /* ---- the fault server's state: which pages are there, who waits for which (faultpages.c) -------------------- */
 
 /* Pages are numbered through all regions; the number of a region's first page is the next multiple of 64. Clients are
- * numbered from 0. Every function is one step under the one lock, and none makes a system call on a client's descriptor:
- * faultpages.c says why no order of these steps loses a wake-up, and the tests drive all orders. */
+ * numbered from 0. Every function is one step under the one lock, and none makes a system call on a client's
+ * descriptor: faultpages.c says why no order of these steps loses a wake-up, and the tests drive all orders. */
 typedef struct vu_pages vu_pages;
 
 #define VU_PAGES_CLIENTS 64
@@ -343,15 +349,16 @@ int vu_pages_reserve(vu_pages *pages, uint32_t count);
 int vu_pages_fault(vu_pages *pages, uint32_t client, uint64_t page, uint64_t now);
 /* Up to `max` pages that are waited for and were not asked for yet, the longest waited for first; each once. */
 uint32_t vu_pages_wanted(vu_pages *pages, uint64_t *found, uint32_t max);
-/* The next run of pages in [from, to) that nobody has claimed, of at most `most` and 64: its length, 0 if there is none, and
- * in *first its start. Withheld pages count only while somebody waits for them. */
+/* The next run of pages in [from, to) that nobody has claimed, of at most `most` and 64: its length, 0 if there is
+ * none, and in *first its start. Withheld pages count only while somebody waits for them. */
 uint32_t vu_pages_missing(vu_pages *pages, uint64_t from, uint64_t to, uint32_t most, uint64_t *first);
 /* The same, and claims them: nobody else places them until they are settled, or given up with unclaim. */
 uint32_t vu_pages_claim(vu_pages *pages, uint64_t from, uint64_t to, uint32_t most, uint64_t *first);
 /* They could not be placed. Those that are waited for become wanted again: 1 if there are any. */
 int vu_pages_unclaim(vu_pages *pages, uint64_t first, uint64_t count);
 /* Claimed pages have been placed, or with `lost` never will be. Then as vu_pages_take. */
-uint32_t vu_pages_settle(vu_pages *pages, uint64_t first, uint64_t count, int lost, struct vu_wait *waits, uint32_t max);
+uint32_t vu_pages_settle(vu_pages *pages, uint64_t first, uint64_t count, int lost, struct vu_wait *waits,
+                         uint32_t max);
 /* Takes up to `max` waits for settled pages: wake these. Until it returns less than `max`. */
 uint32_t vu_pages_take(vu_pages *pages, uint64_t first, uint64_t count, struct vu_wait *waits, uint32_t max);
 /* The source was lost: all that was asked for and is waited for has to be asked for again. */
@@ -452,8 +459,8 @@ vu_faults *vu_faults_new(const struct vu_fault_config *config, const struct vu_f
                          int *error);
 void vu_faults_free(vu_faults *server); /* when no thread is inside; closes what clients have left here */
 vu_pages *vu_faults_pages(vu_faults *server);
-/* A client: its number, or VU_E_. Takes over uffd and channel (a SOCK_SEQPACKET of the wake channel after HELLO, or -1);
- * ranges: how many a message may have. Client 0 is the first, for our own threads. */
+/* A client: its number, or VU_E_. Takes over, also where it fails, uffd and channel (a SOCK_SEQPACKET of the wake
+ * channel after HELLO, or -1); ranges: how many a message may have. Client 0 is the first, for our own threads. */
 int vu_faults_add(vu_faults *server, int uffd, int channel, uint32_t ranges, const struct vu_fault_span *spans,
                   uint32_t count);
 /* Forgets it, wakes its threads (they look again), closes its descriptors as soon as nobody uses them. */
@@ -461,15 +468,16 @@ int vu_faults_remove(vu_faults *server, uint32_t client);
 /* Reads faults, places their pages if the source is mapped, wakes; until vu_faults_stop. One thread. 0 or VU_E_SYS. */
 int vu_faults_serve(vu_faults *server);
 void vu_faults_stop(vu_faults *server);
-void vu_faults_pause(vu_faults *server, int on); /* paused: faults are recorded, nothing is placed from the mapped source */
+void vu_faults_pause(vu_faults *server, int on); /* paused: faults are recorded, nothing is placed from the mapped
+ * source */
 /* Places what is missing in the range from the mapped source: pages placed, or VU_E_; less than all when paused. */
 int64_t vu_faults_fill(vu_faults *server, uint64_t guest, uint64_t length);
 /* Places `data` (NULL: zeros) where pages are missing, for any source: pages placed, or VU_E_. */
 int64_t vu_faults_place(vu_faults *server, uint64_t guest, uint64_t length, const void *data);
 /* Up to `max` ranges that somebody waits for and that were not asked for yet. Never blocks. */
 int vu_faults_wanted(vu_faults *server, struct vu_fault_range *ranges, uint32_t max);
-/* The next run of missing pages in the range that may be placed in the background, of at most `most` bytes, a page and 64
- * pages: 1 and the run, or 0. */
+/* The next run of missing pages in the range that may be placed in the background, of at most `most` bytes, a page and
+ * 64 pages: 1 and the run, or 0. */
 int vu_faults_missing(vu_faults *server, uint64_t guest, uint64_t length, uint64_t most, struct vu_fault_range *run);
 int vu_faults_withhold(vu_faults *server, uint64_t guest, uint64_t length, int on);
 /* The number of a page, or VU_E_RANGE. */
@@ -512,8 +520,9 @@ void vu_blk_free(vu_blk *blk);
 void vu_blk_set_writeback(vu_blk *blk, int on);             /* atomic */
 void vu_blk_set_sectors(vu_blk *blk, uint64_t sectors);     /* atomic: the image was resized */
 void vu_blk_get_stats(const vu_blk *blk, struct vu_blk_stats *stats);
-/* Serves the queue until `stop` (an eventfd, left unread) is readable and no chain is out: 0; or a negative code when the
- * ring broke. kick: eventfd, or -1 for a ring that is polled. One thread per queue; several queues may share `blk`. [touches] */
+/* Serves the queue until `stop` (an eventfd, left unread) is readable and no chain is out: 0; or a negative code when
+ * the ring broke. kick: eventfd, or -1 for a ring that is polled. One thread per queue; several queues may share `blk`.
+ * [touches] */
 int vu_blk_run(vu_blk *blk, vu_queue *queue, int kick, int stop);
 
 /* ---- a load of block requests, for measurements (load.c) --------------------------------------------------- */

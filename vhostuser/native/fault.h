@@ -74,20 +74,22 @@ static inline uint64_t vu_fault_guest(const struct vu_fault_part *part, uint64_t
     return part->region.guest + ((page - part->first) << part->shift);
 }
 
-/* ---- the record (faultrecord.c) ---- */
+/* ---- the record (faultrecord.c) ---------------------------------------------------------------------------------- */
 int vu_record_open(struct vu_fault_record *record, uint32_t size);
 void vu_record_close(struct vu_fault_record *record);
 /* One event, if there is a record; from any thread. */
-void vu_record_add(struct vu_faults *server, uint32_t kind, uint32_t client, uint64_t page, uint64_t count, uint64_t ns);
+void vu_record_add(struct vu_faults *server, uint32_t kind, uint32_t client, uint64_t page, uint64_t count,
+                   uint64_t ns);
 
-/* ---- placing (faultput.c) ---- */
+/* ---- placing (faultput.c) ---------------------------------------------------------------------------------------- */
 int vu_put_open(struct vu_faults *server);
 void vu_put_close(struct vu_faults *server);
-/* Puts pages of a part where clients can find them; data NULL: zeros. 0, or a negative code and errno: some or none is put. */
+/* Puts pages of a part where clients can find them; data NULL: zeros. 0, or a negative code and errno: some or none of
+ * them are put. */
 int vu_put_pages(struct vu_faults *server, const struct vu_fault_part *part, uint64_t first, uint64_t count,
                  const uint8_t *data);
 
-/* ---- waking (faultwake.c) ---- */
+/* ---- waking (faultwake.c) ---------------------------------------------------------------------------------------- */
 enum vu_wake_kind { VU_WAKE_PRESENT, VU_WAKE_LOST };
 /* Wakes the waits' clients, each of which is held, and releases them. */
 void vu_wake_waits(struct vu_faults *server, struct vu_wait *waits, uint32_t count, enum vu_wake_kind kind);
@@ -99,7 +101,7 @@ void vu_wake_everything(struct vu_fault_client *client);
 /* Reads what the back-end has acknowledged; false: it has closed the channel. */
 bool vu_wake_acknowledged(struct vu_fault_client *client);
 
-/* ---- clients (faultclient.c) ---- */
+/* ---- clients (faultclient.c) ------------------------------------------------------------------------------------- */
 #define VU_CHANNEL_EVENT (1ull << 32) /* in epoll's data beside a client's number: its channel, not its userfaultfd */
 /* Forgets the client of an ended process; more than once does no harm. The caller holds it. */
 void vu_client_gone(struct vu_faults *server, uint32_t number);

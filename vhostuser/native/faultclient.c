@@ -4,8 +4,9 @@
  * What belongs here: making and closing a client, translating its addresses. What does not: reading its faults
  * (faultserver.c), waking it (faultwake.c), what it waits for (faultpages.c).
  *
- * A client's descriptors are used by whoever holds its number and closed by the one who learns that nobody does any more.
- * Its number becomes free when they are closed and vu_faults_remove was called, so its counters can be read until then.
+ * A client's descriptors are used by whoever holds its number and closed by the one who learns that nobody does any
+ * more. Its number becomes free when they are closed and vu_faults_remove was called, so its counters can be read until
+ * then.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -52,7 +53,7 @@ static void close_client(struct vu_faults *server, uint32_t number)
     mark(server, number, CLOSED);
 }
 
-/* ---- coming ---------------------------------------------------------------------------------------------------------- */
+/* ---- coming ------------------------------------------------------------------------------------------------------ */
 
 static int translate_span(const struct vu_faults *server, const struct vu_fault_span *span, struct vu_client_span *made)
 {
@@ -87,8 +88,12 @@ int vu_faults_add(vu_faults *server, int uffd, int channel, uint32_t ranges, con
                   uint32_t count)
 {
     int number = vu_pages_join(server->pages);
-    if (number < 0)
+    if (number < 0) {
+        close(uffd);
+        if (channel >= 0)
+            close(channel);
         return number;
+    }
     struct vu_fault_client *client = &server->clients[number];
     int code = fill_client(server, client, spans, count);
     client->uffd = uffd;
@@ -107,7 +112,7 @@ int vu_faults_add(vu_faults *server, int uffd, int channel, uint32_t ranges, con
     return code;
 }
 
-/* ---- going ------------------------------------------------------------------------------------------------------------ */
+/* ---- going ------------------------------------------------------------------------------------------------------- */
 
 void vu_client_release(struct vu_faults *server, uint32_t number)
 {
@@ -139,7 +144,7 @@ int vu_faults_remove(vu_faults *server, uint32_t number)
     return 0;
 }
 
-/* ---- addresses -------------------------------------------------------------------------------------------------------- */
+/* ---- addresses --------------------------------------------------------------------------------------------------- */
 
 int64_t vu_client_page(const struct vu_fault_client *client, uint64_t address)
 {

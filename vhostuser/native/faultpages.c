@@ -7,21 +7,25 @@
  * No lost wake-up. A thread T of client C sleeps on page P, in the kernel's queue of C's userfaultfd, and the page is
  * placed once. The server does, in any number of threads and in any interleaving:
  *
- *     fault:      read T's message | record: if P is settled, answer "received"; else add (P, C) to the waits | wake C if received
- *     placement:  put P where C can find it | settle: mark P, then take all waits for P | wake each client that was taken
+ *     fault:      read T's message
+ *                 record: add (P, C) to the waits, unless P is settled: then the answer is "received"
+ *                 wake C if it was
+ *     placement:  put P where C can find it
+ *                 settle: mark P, and take all waits for P
+ *                 wake each client that was taken
  *
  * "record" and "settle" are each one step under the lock, so one of them is first.
- *   - record first: settle finds (P, C) and wakes C. T was in the kernel's queue before its message could be read, so before
- *     record, before settle, before this wake: the wake finds it.
+ *   - record first: settle finds (P, C) and wakes C. T was in the kernel's queue before its message could be read, so
+ *     before record, before settle, before this wake: the wake finds it.
  *   - settle first: record answers "received" and C is woken. That wake, too, comes after the message was read.
- * A message that nobody has read yet is in neither case lost: the descriptor stays readable until it is read or its thread
- * is woken. In both cases the wake comes after the put, so T, looking again, finds P. Several threads of C that wait for P
- * share one entry: whoever's message is read before settle is in the kernel's queue before it, and the one wake takes all;
- * a message read after settle makes its own wake. A page whose placement failed is not marked and keeps its waits, which
- * become wanted again. A client that leaves takes its waits with it and nobody else's.
+ * A message that nobody has read yet is in neither case lost: the descriptor stays readable until it is read or its
+ * thread is woken. In both cases the wake comes after the put, so T, looking again, finds P. Several threads of C that
+ * wait for P share one entry: whoever's message is read before settle is in the kernel's queue before it, and the one
+ * wake takes all; a message read after settle makes its own wake. A page whose placement failed is not marked and keeps
+ * its waits, which become wanted again. A client that leaves takes its waits with it and nobody else's.
  *
- * The claim keeps two placers off one page: for ways of placing in which the kernel does not (a write into the file), the
- * second would overwrite what the guest has written meanwhile.
+ * The claim keeps two placers off one page: for ways of placing in which the kernel does not (a write into the file),
+ * the second would overwrite what the guest has written meanwhile.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -72,7 +76,7 @@ static uint64_t span_mask(uint64_t first, uint64_t count)
     return (count == WORD ? ~0ull : (1ull << count) - 1) << first % WORD;
 }
 
-/* ---- making ---------------------------------------------------------------------------------------------------------- */
+/* ---- making ------------------------------------------------------------------------------------------------------ */
 
 static void link_before(struct vu_pages *pages, uint32_t end, uint32_t number)
 {
@@ -202,7 +206,7 @@ void vu_pages_counts(vu_pages *pages, struct vu_pages_count *counts)
     pthread_mutex_unlock(&pages->lock);
 }
 
-/* ---- waits, with the lock held ------------------------------------------------------------------------------------ */
+/* ---- waits, with the lock held ----------------------------------------------------------------------------------- */
 
 static void set_asked(struct vu_pages *pages, uint32_t number, bool asked)
 {
@@ -271,7 +275,7 @@ static uint32_t take_waits(struct vu_pages *pages, uint64_t first, uint64_t coun
     return taken;
 }
 
-/* ---- clients --------------------------------------------------------------------------------------------------------- */
+/* ---- clients ----------------------------------------------------------------------------------------------------- */
 
 int vu_pages_join(vu_pages *pages)
 {
@@ -350,7 +354,7 @@ void vu_pages_vacate(vu_pages *pages, uint32_t client)
     pthread_mutex_unlock(&pages->lock);
 }
 
-/* ---- steps ----------------------------------------------------------------------------------------------------------- */
+/* ---- steps ------------------------------------------------------------------------------------------------------- */
 
 int vu_pages_reserve(vu_pages *pages, uint32_t count)
 {
@@ -362,6 +366,7 @@ int vu_pages_reserve(vu_pages *pages, uint32_t count)
     return code;
 }
 
+/* "record". */
 int vu_pages_fault(vu_pages *pages, uint32_t client, uint64_t page, uint64_t now)
 {
     int answer;

@@ -4,10 +4,10 @@
  * What belongs here: how bytes get to where every process that shares the memory finds them. What does not: which
  * pages, when, and who is woken.
  *
- * COPY makes the page appear whole or not at all, in the file, so nobody ever sees half of it. CONTINUE writes into the file first:
- * there a client that is registered for MISSING alone could see half a page, hence only clients that have minor faults
- * reported as well, who wait until they are continued. MOVE gives a page of ours away instead of copying it, within one
- * address space; it is of use for memory that nobody else shares.
+ * COPY makes the page appear whole or not at all, in the file, so nobody ever sees half of it. CONTINUE writes into the
+ * file first: there a client that is registered for MISSING alone could see half a page, hence only clients that have
+ * minor faults reported as well, who wait until they are continued. MOVE gives a page of ours away instead of copying
+ * it, within one address space; it is of use for memory that nobody else shares.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -27,7 +27,8 @@ static bool is_huge(const struct vu_fault_part *part)
 /* hugetlbfs has no write(2). */
 static int map_alias(struct vu_fault_part *part)
 {
-    void *at = mmap(NULL, part->region.size, PROT_READ | PROT_WRITE, MAP_SHARED, part->region.fd, (off_t)part->region.offset);
+    const struct vu_fault_region *region = &part->region;
+    void *at = mmap(NULL, region->size, PROT_READ | PROT_WRITE, MAP_SHARED, region->fd, (off_t)region->offset);
     if (at == MAP_FAILED)
         return VU_E_SYS;
     part->alias = at;
@@ -56,7 +57,7 @@ void vu_put_close(struct vu_faults *server)
     free(server->zeros);
 }
 
-/* ---- into the file ------------------------------------------------------------------------------------------------- */
+/* ---- into the file ----------------------------------------------------------------------------------------------- */
 
 static int write_all(int fd, const uint8_t *data, uint64_t length, uint64_t offset)
 {
@@ -73,7 +74,8 @@ static int write_all(int fd, const uint8_t *data, uint64_t length, uint64_t offs
     return 0;
 }
 
-/* Allocated first, so that a lack of huge pages is an error and not a SIGBUS; a file that was truncated still is one. */
+/* Allocated first, so that a lack of huge pages is an error and not a SIGBUS; a file that was truncated still is one.
+ * */
 static int write_alias(const struct vu_fault_part *part, const uint8_t *data, uint64_t length, uint64_t at)
 {
     struct vu_guard guard;
@@ -96,7 +98,7 @@ static int write_file(const struct vu_fault_part *part, uint64_t at, const uint8
                        : write_all(part->region.fd, data, length, part->region.offset + at);
 }
 
-/* ---- through our own userfaultfd ----------------------------------------------------------------------------------- */
+/* ---- through our own userfaultfd --------------------------------------------------------------------------------- */
 
 /* The staging area loses its pages to the destination. */
 static int64_t move_pages(int uffd, uint64_t host, const uint8_t *data, uint64_t length)

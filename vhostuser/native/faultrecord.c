@@ -1,15 +1,16 @@
 /*
  * The record of a fault server: its last events, for a timeline.
  *
- * What belongs here: a ring that any thread appends to without a lock and that is read while it is written. What does not:
- * counters (each where it is counted).
+ * What belongs here: a ring that any thread appends to without a lock and that is read while it is written. What does
+ * not: counters (each where it is counted).
  */
 #define _GNU_SOURCE
 #include <stdlib.h>
 
 #include "fault.h"
 
-/* `sequence` is 0 while the slot is being written; a reader that finds the same number before and after has a whole event. */
+/* `sequence` is 0 while the slot is being written; a reader that finds the same number before and after has a whole
+ * event. */
 struct vu_fault_slot {
     _Atomic uint64_t sequence;
     struct vu_fault_event event;

@@ -29,7 +29,7 @@ uint64_t vu_fault_clock(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* ---- making ---------------------------------------------------------------------------------------------------------- */
+/* ---- making ------------------------------------------------------------------------------------------------------ */
 
 static int fill_parts(struct vu_faults *server, const struct vu_fault_region *regions)
 {
@@ -75,18 +75,22 @@ static int make_loop(struct vu_faults *server)
 
 static int make(struct vu_faults *server, const struct vu_fault_region *regions, uint32_t count)
 {
-    int code = 0;
+    int code;
     if (!count || server->config.batch < 1 || server->config.batch > VU_FAULT_BATCH)
         return VU_E_SIZE;
     server->parts = calloc(count, sizeof *server->parts);
     if (!server->parts)
         return VU_E_NOMEM;
     server->part_count = count;
-    if ((code = fill_parts(server, regions)) < 0 || (code = make_pages(server)) < 0 || (code = vu_put_open(server)) < 0 ||
-        (code = vu_record_open(&server->record, server->config.events)) < 0)
-        return code;
     server->mapped = regions->source != 0;
-    return make_loop(server);
+    code = fill_parts(server, regions);
+    if (code == 0)
+        code = make_pages(server);
+    if (code == 0)
+        code = vu_put_open(server);
+    if (code == 0)
+        code = vu_record_open(&server->record, server->config.events);
+    return code == 0 ? make_loop(server) : code;
 }
 
 vu_faults *vu_faults_new(const struct vu_fault_config *config, const struct vu_fault_region *regions, uint32_t count,
@@ -127,7 +131,7 @@ vu_pages *vu_faults_pages(vu_faults *server)
     return server->pages;
 }
 
-/* ---- addresses -------------------------------------------------------------------------------------------------------- */
+/* ---- addresses --------------------------------------------------------------------------------------------------- */
 
 const struct vu_fault_part *vu_fault_part_of(const struct vu_faults *server, uint64_t page)
 {
@@ -160,7 +164,7 @@ int64_t vu_faults_page(const vu_faults *server, uint64_t guest)
     return part ? (int64_t)page_of(part, guest) : VU_E_RANGE;
 }
 
-/* ---- placing ---------------------------------------------------------------------------------------------------------- */
+/* ---- placing ----------------------------------------------------------------------------------------------------- */
 
 static void kick(struct vu_faults *server)
 {
@@ -264,7 +268,7 @@ int64_t vu_faults_place(vu_faults *server, uint64_t guest, uint64_t length, cons
     return placed;
 }
 
-/* ---- what others bring ------------------------------------------------------------------------------------------------ */
+/* ---- what others bring ------------------------------------------------------------------------------------------- */
 
 int vu_faults_wanted(vu_faults *server, struct vu_fault_range *ranges, uint32_t max)
 {
@@ -300,7 +304,7 @@ int vu_faults_withhold(vu_faults *server, uint64_t guest, uint64_t length, int o
     return 0;
 }
 
-/* ---- the loop --------------------------------------------------------------------------------------------------------- */
+/* ---- the loop ---------------------------------------------------------------------------------------------------- */
 
 /* A fault that came for a page that is settled already: an answer at once. Holds the client for the wake to release. */
 static void answer(struct vu_faults *server, uint32_t number, uint64_t page, uint64_t since, bool lost)

@@ -41,7 +41,7 @@ static uint64_t length_of(const struct run *run)
     return run->count << run->part->shift;
 }
 
-/* ---- by its userfaultfd --------------------------------------------------------------------------------------------- */
+/* ---- by its userfaultfd ------------------------------------------------------------------------------------------ */
 
 typedef int64_t placing(int uffd, uint64_t host, uint64_t length);
 
@@ -50,8 +50,8 @@ static int64_t map_page(int uffd, uint64_t host, uint64_t length)
     return vu_uffd_continue(uffd, host, length, 1);
 }
 
-/* What wakes as it places, page after page; for a page that has something already, and where the kernel refuses, a plain
- * wake: the thread looks again. */
+/* What wakes as it places, page after page; for a page that has something already, and where the kernel refuses, a
+ * plain wake: the thread looks again. */
 static int place_for(const struct run *run, placing *place)
 {
     uint64_t at = run->host, end = at + length_of(run), page_size = run->part->region.page_size;
@@ -90,7 +90,7 @@ void vu_wake_everything(struct vu_fault_client *client)
         vu_uffd_wake(client->uffd, client->spans[i].host, client->spans[i].pages << client->spans[i].part->shift);
 }
 
-/* ---- by the wake channel -------------------------------------------------------------------------------------------- */
+/* ---- by the wake channel ----------------------------------------------------------------------------------------- */
 
 static bool uses_channel(const struct vu_faults *server, const struct vu_fault_client *client, enum vu_wake_kind kind)
 {
@@ -111,8 +111,8 @@ static bool send_wake(struct vu_fault_client *client, const struct run *runs, ui
     return true;
 }
 
-/* A back-end that closes the channel, or breaks its rules, may have left messages unread: from now on, and for all that is
- * under way, its userfaultfd. */
+/* A back-end that closes the channel, or breaks its rules, may have left messages unread: from now on, and for all that
+ * is under way, its userfaultfd. */
 bool vu_wake_acknowledged(struct vu_fault_client *client)
 {
     struct ack_message ack;
@@ -129,7 +129,7 @@ bool vu_wake_acknowledged(struct vu_fault_client *client)
     }
 }
 
-/* ---- whom ------------------------------------------------------------------------------------------------------------ */
+/* ---- whom -------------------------------------------------------------------------------------------------------- */
 
 static void wake_runs(struct vu_faults *server, const struct run *runs, uint32_t count, enum vu_wake_kind kind)
 {
