@@ -20,7 +20,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "core.h"
@@ -33,13 +32,6 @@ static void must(bool good, const char *what)
         return;
     perror(what);
     _exit(1);
-}
-
-static uint64_t clock_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
 static uint64_t map_file(int file, uint64_t size)
@@ -75,9 +67,9 @@ static void *touch(void *argument)
 {
     struct thread *thread = argument;
     for (uint64_t i = 0; i < thread->pages; i++) {
-        uint64_t page = i * STRIDE % thread->pages, start = clock_ns();
+        uint64_t page = i * STRIDE % thread->pages, start = vu_clock_ns();
         (void)*(volatile const char *)(thread->base + page * thread->page_size);
-        thread->times[i] = clock_ns() - start;
+        thread->times[i] = vu_clock_ns() - start;
     }
     return NULL;
 }
@@ -103,14 +95,14 @@ static void run_client(int sock, int file, uint64_t size, uint64_t page_size, ui
     uint64_t *times = calloc(share * count, sizeof *times);
     greet(sock, watch(base, size, mode), base);
     must(times && read(sock, &go, 1) == 1, "start");
-    uint64_t start = clock_ns();
+    uint64_t start = vu_clock_ns();
     for (uint32_t i = 0; i < count; i++) {
         threads[i] = (struct thread){0, base + (from + i * share) * page_size, page_size, share, times + i * share};
         must(pthread_create(&threads[i].id, NULL, touch, &threads[i]) == 0, "pthread_create");
     }
     for (uint32_t i = 0; i < count; i++)
         pthread_join(threads[i].id, NULL);
-    uint64_t end = clock_ns(), faults = share * count;
+    uint64_t end = vu_clock_ns(), faults = share * count;
     qsort(times, faults, sizeof *times, by_value);
     printf("%lu %lu %lu %lu\n", (unsigned long)faults, (unsigned long)(end - start), (unsigned long)times[faults / 2],
            (unsigned long)times[faults * 9 / 10]);

@@ -65,8 +65,6 @@ static inline void vu_fault_count(_Atomic uint64_t *counter, uint64_t n)
 
 #define VU_CLIENT_COUNT(client, name, n) vu_fault_count(&(client)->counters[VU_CLIENT_COUNTER(name)], (n))
 
-uint64_t vu_fault_clock(void);
-
 /* The part of a page, and its addresses. */
 const struct vu_fault_part *vu_fault_part_of(const struct vu_faults *server, uint64_t page);
 static inline uint64_t vu_fault_guest(const struct vu_fault_part *part, uint64_t page)

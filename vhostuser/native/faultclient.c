@@ -127,7 +127,7 @@ void vu_client_gone(struct vu_faults *server, uint32_t number)
         return;
     unwatch(server, client);
     vu_pages_leave(server->pages, number);
-    vu_record_add(server, VU_EVENT_GONE, number, 0, 0, vu_fault_clock());
+    vu_record_add(server, VU_EVENT_GONE, number, 0, 0, vu_clock_ns());
     eventfd_write(server->config.notice, 1);
 }
 

@@ -149,7 +149,7 @@ static int put_run(struct vu_faults *server, const struct vu_fault_part *part, u
         if (done < 0) {
             done = (int64_t)part->region.page_size;
             vu_fault_count(&server->present, 1);
-            vu_record_add(server, VU_EVENT_PRESENT, 0, part->first + (at >> part->shift), 1, vu_fault_clock());
+            vu_record_add(server, VU_EVENT_PRESENT, 0, part->first + (at >> part->shift), 1, vu_clock_ns());
         }
         at += (uint64_t)done;
         data = data ? data + done : NULL;

@@ -13,7 +13,6 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "fault.h"
@@ -21,13 +20,6 @@
 enum { EVENTS = 16, TICK_MS = 100 };
 
 static const uint64_t CONTROL_EVENT = ~0ull;
-
-uint64_t vu_fault_clock(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* ---- making ------------------------------------------------------------------------------------------------------ */
 
@@ -216,7 +208,7 @@ static int place_claimed(struct vu_faults *server, const struct vu_fault_part *p
         return VU_E_SYS;
     }
     vu_fault_count(&server->placed, count);
-    vu_record_add(server, VU_EVENT_PLACED, 0, first, count, server->record.size ? vu_fault_clock() : 0);
+    vu_record_add(server, VU_EVENT_PLACED, 0, first, count, server->record.size ? vu_clock_ns() : 0);
     settle(server, first, count, false);
     return 0;
 }
@@ -343,7 +335,7 @@ static bool read_faults(struct vu_faults *server, uint32_t number)
         return false;
     }
     int count = vu_uffd_read(server->clients[number].uffd, addresses, flags, VU_FAULT_BATCH);
-    uint64_t now = vu_fault_clock();
+    uint64_t now = vu_clock_ns();
     for (int i = 0; i < count; i++)
         wanted |= take_fault(server, number, addresses[i], now);
     return wanted;
@@ -443,7 +435,7 @@ int vu_faults_serve(vu_faults *server)
         for (int i = 0; i < count; i++)
             if (look_at(server, events[i].data.u64))
                 bring(server);
-        uint64_t now = vu_fault_clock();
+        uint64_t now = vu_clock_ns();
         if (now - looked < (uint64_t)tick * 1000000)
             continue;
         looked = now;

@@ -184,7 +184,7 @@ static void wake_client(struct vu_faults *server, const struct vu_wait *waits, u
     struct vu_fault_client *client = &server->clients[waits->client];
     uint32_t made = merge(server, waits, count, runs);
     wake_runs(server, runs, made, kind);
-    uint64_t now = vu_fault_clock();
+    uint64_t now = vu_clock_ns();
     VU_CLIENT_COUNT(client, merged_wakes, count - made);
     for (uint32_t i = 0; i < count; i++)
         count_wait(client, now - waits[i].since);
