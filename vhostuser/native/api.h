@@ -35,7 +35,7 @@
 #define VU_E_CLOSED -16    /* the queue was closed while the chain was out */
 #define VU_E_FILE -17      /* not a regular file: a pipe, a socket, a device; its size cannot be judged */
 
-/* ---- guest memory (memory.c) ------------------------------------------------------------------------- */
+/* ---- guest memory (memory.c) and its dirty log (log.c) ------------------------------------------------- */
 
 typedef struct vu_region vu_region; /* one mapping; reference counted; unmapped with the last reference */
 typedef struct vu_map vu_map;       /* an immutable set of regions; reference counted, shared between threads */

@@ -55,6 +55,12 @@ void vu_guard_leave(struct vu_guard *guard);
 /* Installs the handlers, or puts them back on top of one that was installed after ours. Cheap when nothing changed. */
 int vu_guard_install(void);
 
+/* Whether the range reaches beyond the last address. */
+static inline bool vu_wraps(uint64_t start, uint64_t length)
+{
+    return length > UINT64_MAX - start;
+}
+
 /* ---- translation ------------------------------------------------------------------------------------------- */
 
 /* The host address of [guest, guest + length) if one region holds all of it, else NULL. */

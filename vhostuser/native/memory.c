@@ -1,8 +1,8 @@
 /*
- * Guest memory: regions, the immutable map of them, translation, and the dirty log.
+ * Guest memory: regions, the immutable map of them, translation of addresses, copies.
  *
  * What belongs here: every mmap of a front-end's file, and the only code that turns a guest or user address into one of
- * ours. What does not: rings (queue.c, split.c), page faults in postcopy (uffd.c, touch.c).
+ * ours. What does not: rings (queue.c, split.c), the dirty log (log.c), page faults in postcopy (uffd.c, touch.c).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -16,8 +16,6 @@
 #include <unistd.h>
 
 #include "core.h"
-
-#define LOG_PAGE 4096
 
 struct vu_region {
     _Atomic uint32_t references;
@@ -39,17 +37,6 @@ struct vu_map {
     struct range *by_user;
     struct range ranges[];
 };
-
-struct vu_log {
-    _Atomic uint32_t references;
-    uint64_t size; /* bytes */
-    struct vu_mapping mapping;
-};
-
-static bool wraps(uint64_t start, uint64_t length)
-{
-    return length > UINT64_MAX - start;
-}
 
 /* ---- files --------------------------------------------------------------------------------------------- */
 
@@ -88,7 +75,7 @@ static int frame(const struct file *file, uint64_t offset, uint64_t size, struct
 {
     if (!size)
         return VU_E_SIZE;
-    if (wraps(offset, size))
+    if (vu_wraps(offset, size))
         return VU_E_OVERFLOW;
     if (offset + size > file->size)
         return VU_E_SHORT;
@@ -128,7 +115,7 @@ void vu_mapping_close(struct vu_mapping *mapping)
 static uint8_t *map_at_user(int fd, const struct window *window, const struct vu_region_info *info, int protection)
 {
     uint64_t wanted = info->user - window->before;
-    if (wanted > info->user || wanted % info->page_size || wraps(wanted, window->length) || !wanted)
+    if (wanted > info->user || wanted % info->page_size || vu_wraps(wanted, window->length) || !wanted)
         return NULL;
     void *at = mmap((void *)wanted, window->length, protection, MAP_SHARED | MAP_NORESERVE | MAP_FIXED_NOREPLACE, fd,
                     (off_t)window->offset);
@@ -164,7 +151,7 @@ static int open_region(vu_region *region, int fd, int flags)
     struct vu_region_info *info = &region->info;
     struct file file;
     struct window window;
-    if (wraps(info->guest, info->size) || wraps(info->user, info->size))
+    if (vu_wraps(info->guest, info->size) || vu_wraps(info->user, info->size))
         return VU_E_OVERFLOW;
     int code = examine(fd, &file);
     if (!code)
@@ -205,7 +192,7 @@ static int open_private(vu_region *region)
         return VU_E_SIZE;
     if ((info->guest | info->size) & (info->page_size - 1))
         return VU_E_ALIGN;
-    if (wraps(info->guest, info->size))
+    if (vu_wraps(info->guest, info->size))
         return VU_E_OVERFLOW;
     void *at = mmap(NULL, info->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED)
@@ -430,7 +417,7 @@ uint64_t vu_map_user_to_guest(const vu_map *map, uint64_t user, int *error)
 
 static int check_range(const vu_map *map, uint64_t guest, uint64_t length)
 {
-    if (wraps(guest, length) || length > INT64_MAX)
+    if (vu_wraps(guest, length) || length > INT64_MAX)
         return VU_E_OVERFLOW;
     uint64_t run;
     for (; length; guest += run, length -= run)
@@ -484,121 +471,4 @@ int vu_map_publish16(const vu_map *map, uint64_t guest, uint16_t value)
     __atomic_store_n((uint16_t *)host, value, __ATOMIC_RELEASE);
     vu_guard_leave(&guard);
     return 0;
-}
-
-/* ---- the dirty log ------------------------------------------------------------------------------------- */
-
-vu_log *vu_log_map(int fd, uint64_t size, uint64_t offset, int *error)
-{
-    vu_log *log = calloc(1, sizeof *log);
-    *error = log ? vu_guard_install() : VU_E_NOMEM;
-    if (!*error)
-        *error = vu_mapping_open(&log->mapping, fd, offset, size);
-    if (*error) {
-        int number = errno;
-        free(log);
-        errno = number;
-        return NULL;
-    }
-    atomic_init(&log->references, 1);
-    log->size = size;
-    return log;
-}
-
-void vu_log_get(vu_log *log)
-{
-    atomic_fetch_add(&log->references, 1);
-}
-
-void vu_log_put(vu_log *log)
-{
-    if (!log || atomic_fetch_sub(&log->references, 1) != 1)
-        return;
-    vu_mapping_close(&log->mapping);
-    free(log);
-}
-
-struct vu_span vu_log_span(const vu_log *log)
-{
-    return log->mapping.span;
-}
-
-int vu_log_check(const vu_log *log, uint64_t guest, uint64_t length)
-{
-    if (wraps(guest, length))
-        return VU_E_OVERFLOW;
-    return length && (guest + length - 1) / LOG_PAGE / 8 >= log->size ? VU_E_RANGE : 0;
-}
-
-/* A locked or even where the bit is set already: the reader takes bits away by an exchange, and a plain look could be
- * answered before our data is visible, the page copied without it, and the bit gone. */
-int vu_log_set(vu_log *log, uint64_t guest, uint64_t length)
-{
-    int code = vu_log_check(log, guest, length);
-    if (code || !length)
-        return code;
-    uint64_t page = guest / LOG_PAGE, last = (guest + length - 1) / LOG_PAGE;
-    while (page <= last) {
-        uint64_t end = page | 7; /* the last page of this byte of the log */
-        end = end < last ? end : last;
-        uint8_t bits = (uint8_t)((0xffu >> (7 - (end - page))) << (page & 7));
-        __atomic_fetch_or(&log->mapping.at[page / 8], bits, __ATOMIC_SEQ_CST);
-        page = end + 1;
-    }
-    return 0;
-}
-
-/* Pages of one byte of the log, as runs; the last run goes on where it can. Returns how many runs there are then. */
-static uint32_t append(vu_range *ranges, uint32_t count, uint64_t first, uint8_t bits)
-{
-    for (uint64_t page = first; bits; page++, bits >>= 1) {
-        if (!(bits & 1))
-            continue;
-        if (count && ranges[count - 1].guest + ranges[count - 1].length == page * LOG_PAGE)
-            ranges[count - 1].length += LOG_PAGE;
-        else
-            ranges[count++] = (vu_range){page * LOG_PAGE, LOG_PAGE};
-    }
-    return count;
-}
-
-static uint32_t take_marks(vu_log *log, uint64_t *page, vu_range *ranges, uint32_t max)
-{
-    uint8_t *at = log->mapping.at;
-    uint32_t count = 0;
-    uint64_t byte = *page / 8, word;
-    while (byte < log->size && count + VU_LOG_RANGES <= max) {
-        if (log->size - byte >= sizeof word && (memcpy(&word, at + byte, sizeof word), !word)) {
-            byte += sizeof word;
-            continue;
-        }
-        uint8_t bits = __atomic_load_n(at + byte, __ATOMIC_RELAXED);
-        if (bits)
-            count = append(ranges, count, byte * 8, __atomic_exchange_n(at + byte, 0, __ATOMIC_SEQ_CST));
-        byte++;
-    }
-    *page = byte * 8;
-    return count;
-}
-
-int vu_log_take(vu_log *log, uint64_t *page, vu_range *ranges, uint32_t max)
-{
-    struct vu_guard guard;
-    if (VU_GUARD(&guard, NULL))
-        return VU_E_FAULT;
-    guard.extra[0] = log->mapping.span;
-    int count = (int)take_marks(log, page, ranges, max);
-    vu_guard_leave(&guard);
-    return count;
-}
-
-int vu_log_mark(vu_log *log, uint64_t guest, uint64_t length)
-{
-    struct vu_guard guard;
-    if (VU_GUARD(&guard, NULL))
-        return VU_E_FAULT;
-    guard.extra[0] = log->mapping.span;
-    int code = vu_log_set(log, guest, length);
-    vu_guard_leave(&guard);
-    return code;
 }
