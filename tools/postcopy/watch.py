@@ -97,7 +97,7 @@ class Watch:
     def _note_stuck(self, client: int, request: Request, seconds: float) -> None:
         plan = self._bench.plan
         asleep = self._bench.conversations[client].subject.asleep()
-        # All requests together ask for the ring: it tells of this one only while a thread sleeps.
-        needed = plan.pages([*request.areas, *([plan.rings[client]] if asleep else [])])
+        # Many requests ask for the ring and the slots: they tell of this one only while a thread sleeps.
+        needed = plan.pages([*request.areas, plan.rings[client]] if asleep else request.segments)
         asked = sum(event.client == client and event.guest in needed for event in self._bench.pages.faults())
         self._bench.record.stuck.append(Stuck(client, request.number, seconds, asked, asleep))
