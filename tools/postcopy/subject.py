@@ -75,6 +75,9 @@ class Subject:
         self._process.send(signal.SIGTERM)
         with contextlib.suppress(LabError):
             await self._process.ended(1.0)
+        # The whole group: a command that is a script may leave the back-end itself behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(LabError):
             await self._process.__aexit__()
 
