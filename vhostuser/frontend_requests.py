@@ -19,6 +19,7 @@ from vhostuser.protocol import (
     Answer,
     FrontendRequest,
     FrontendSession,
+    Outgoing,
     Payload,
     ProtocolFeature,
     RemoteProtocolError,
@@ -31,17 +32,21 @@ Answered = tuple[Answer, Fds]
 
 
 class ReplyTimeout(VhostUserError, TimeoutError):
-    """The back-end did not answer in time. The connection stays usable: a late answer is thrown away.
+    """The back-end did not answer, or did not even read, in time. The connection stays usable: a late answer is thrown
+    away.
 
-    code: the request that was not answered. seconds: how long it was waited for. peer: the socket's name.
+    code: the request, None for any message. seconds: how long it was waited for. peer: the socket's name.
     """
 
-    def __init__(self, code: FrontendRequest | None, seconds: float, peer: str) -> None:
+    def __init__(self, code: FrontendRequest | None, seconds: float, peer: str, *, sent: bool = True) -> None:
         self.code = code
         self.seconds = seconds
         self.peer = peer
-        what = f"no answer to {code.name}" if code is not None else "no message"
-        super().__init__(f"{what} from {peer} after {seconds:g} s")
+        what = "no message" if code is None else f"no answer to {code.name}"
+        if sent:
+            super().__init__(f"{what} from {peer} after {seconds:g} s")
+        else:
+            super().__init__(f"{peer} has not read, so nothing could be sent for {seconds:g} s")
 
 
 class _Waiter(NamedTuple):
@@ -55,10 +60,11 @@ class Requests:
     """The front-end's end of one connection; owns the socket. All methods belong to the loop's thread.
 
     Several tasks may make requests: one is under way at a time, in the order of the calls. A request that is cancelled
-    is sent whole if any of it was, and its answer is read and thrown away when it comes.
+    is sent whole if any of it was, and its answer is read and thrown away when it comes. After a RemoteProtocolError
+    nothing more can be asked.
 
-    queue_count: queues that may be addressed. timeout: seconds to wait for each answer, or None: for ever; it may be
-    changed between requests. name: what errors call the peer; by default the socket's path.
+    queue_count: queues that may be addressed. timeout: seconds for each request and its answer, or None: for ever; it
+    may be changed between requests. name: what errors call the peer; by default the socket's path.
     """
 
     def __init__(
@@ -121,19 +127,28 @@ class Requests:
                 need_reply = self.session.has(ProtocolFeature.REPLY_ACK) and not self.session.replies(code)
             outgoing = self.session.request(code, payload, fds, need_reply)
             waiter = self._expect(code) if self.session.outstanding > len(self._waiting) else None
-            try:
-                await self._send(outgoing.data, outgoing.fds)
-                if waiter is None:
-                    return None, Fds()
-                answer, came = await self._answer(waiter)
-            except BaseException:
-                if waiter is not None:
-                    _abandon(waiter.answered)
-                raise
+            answered = await self._exchange(code, outgoing, waiter)
+        if answered is None:
+            return None, Fds()
+        answer, came = answered
         if answer.refused:
             came.close()
             raise RequestRefused(f"{self.name} refused {code.name}")
         return answer.payload, came
+
+    async def _exchange(self, code: FrontendRequest, outgoing: Outgoing, waiter: _Waiter | None) -> Answered | None:
+        sent = False
+        try:
+            async with asyncio.timeout(self.timeout):
+                await self._send(outgoing.data, outgoing.fds)
+                sent = True
+                return await waiter.answered if waiter is not None else None
+        except BaseException as error:
+            if waiter is not None:
+                _abandon(waiter.answered)
+            if not isinstance(error, TimeoutError):
+                raise
+            raise ReplyTimeout(code, self.timeout or 0.0, self.name, sent=sent) from None
 
     def _expect(self, code: FrontendRequest) -> _Waiter:
         waiter = _Waiter(code, asyncio.get_running_loop().create_future())
@@ -141,14 +156,6 @@ class Requests:
         if self._reader is None:
             self._reader = self._start(self._read())
         return waiter
-
-    async def _answer(self, waiter: _Waiter) -> Answered:
-        try:
-            async with asyncio.timeout(self.timeout):
-                return await waiter.answered
-        except TimeoutError:
-            assert self.timeout is not None
-            raise ReplyTimeout(waiter.code, self.timeout, self.name) from None
 
     # ---- reading
 

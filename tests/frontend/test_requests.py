@@ -127,6 +127,15 @@ async def test_the_time_limit_names_what_was_waited_for(frontend: Frontend, peer
     assert await asking == 2
 
 
+async def test_a_back_end_that_does_not_read_is_a_timeout_too(frontend: Frontend, peer: ScriptedPeer) -> None:
+    filling = asyncio.ensure_future(frontend.send_raw(bytes(1 << 22)))
+    await asyncio.sleep(0)
+    frontend.timeout = 0.01
+    with pytest.raises(ReplyTimeout, match=r"the back-end has not read, so nothing could be sent for 0\.01 s"):
+        await frontend.get_features()
+    filling.cancel()
+
+
 async def test_requests_of_several_tasks_get_their_own_answers(frontend: Frontend, peer: ScriptedPeer) -> None:
     asking = [asyncio.ensure_future(frontend.get_features()) for _ in range(10)]
     for number in range(10):

@@ -241,6 +241,64 @@ static void random_round(struct guest *guest)
     close(inflight_fd);
 }
 
+/* A device that lies to a driver: whatever it says, the driver hands out only what it has offered, each once. */
+static void lying_round(struct guest *guest)
+{
+    struct vu_driver_parts parts = {.desc = below(64) * 16, .avail = 16384 + below(64) * 2, .used = 32768 + below(64) * 4};
+    uint32_t size = UINT32_C(1) << below(7), counts[64], out = 0;
+    bool held[64] = {false};
+    int error;
+    vu_driver *driver = vu_driver_place(guest->map, &parts, size, (uint32_t)below(2), &error);
+    CHECK(driver);
+    for (int turn = 0; turn < 8; turn++) {
+        vu_buffer buffers[64];
+        uint16_t heads[64];
+        for (uint32_t i = 0; i < 64; i++)
+            buffers[i] = (vu_buffer){any(), (uint32_t)any(), (uint32_t)below(2)}, counts[i] = 1;
+        int added = vu_driver_add_many(driver, buffers, counts, 64, heads);
+        CHECK(added == (size == out ? VU_E_SIZE : (int)(size - out)));
+        for (int i = 0; i < added; i++, out++) {
+            CHECK(!held[heads[i]]);
+            held[heads[i]] = true;
+        }
+        CHECK(vu_driver_publish(driver) >= 0);
+        struct { uint32_t id, length; } entry = {(uint32_t)below(size + 1), below(4) ? 0 : (uint32_t)any()};
+        for (uint32_t i = 0; i < size; i++)
+            put(guest, parts.used + 4 + 8 * i, &entry, sizeof entry), entry.id = (uint32_t)below(size + 1);
+        CHECK(vu_map_publish16(guest->map, parts.used + 2, (uint16_t)below(2 * size)) == 0);
+        vu_returned returned[64];
+        int taken = vu_driver_take_many(driver, returned, 64);
+        for (int i = 0; i < taken; i++, out--) {
+            CHECK(returned[i].head < size && held[returned[i].head]);
+            held[returned[i].head] = false;
+        }
+    }
+    vu_driver_free(driver);
+}
+
+/* Random marks, taken in pieces: what comes out is what went in, once. */
+static void marked_round(void)
+{
+    int error, fd = file_of(LOG_SIZE);
+    uint64_t size = 1 + below(200), page = 0, found = 0, marks = 0;
+    vu_log *log = vu_log_map(fd, size, below(64), &error);
+    CHECK(log);
+    for (uint64_t i = 0; i < 40; i++)
+        CHECK(vu_log_mark(log, below(size * 8) * 4096, 1) == 0);
+    vu_range ranges[VU_LOG_RANGES + 3], last = {0, 0};
+    for (int count; (count = vu_log_take(log, &page, ranges, VU_LOG_RANGES + 3)) > 0; marks++)
+        for (int i = 0; i < count; i++) {
+            CHECK(ranges[i].length && ranges[i].guest >= last.guest + last.length);
+            last = ranges[i];
+            found += last.length / 4096;
+        }
+    CHECK(found && found <= 40 && last.guest + last.length <= size * 8 * 4096 && marks <= 40);
+    page = 0;
+    CHECK(vu_log_take(log, &page, ranges, VU_LOG_RANGES) == 0 && page == size * 8);
+    vu_log_put(log);
+    close(fd);
+}
+
 /* ---- fixed scenarios ------------------------------------------------------------------------------------------ */
 
 static void both_sides(struct guest *guest, uint32_t size, uint32_t flags)
@@ -268,10 +326,9 @@ static void both_sides(struct guest *guest, uint32_t size, uint32_t flags)
         int popped = vu_queue_pop(queue, chains, 32);
         CHECK(popped >= 0 && vu_queue_push(queue, chains, lengths, (uint32_t)popped) == 0);
         CHECK(vu_queue_signal(queue) == 0 && vu_queue_arm(queue) >= 0);
-        uint16_t head;
-        uint32_t length;
-        while (vu_driver_take(driver, &head, &length) == 1)
-            returned++;
+        vu_returned taken[7];
+        for (int got; (got = vu_driver_take_many(driver, taken, 7)) != 0; returned += (uint32_t)got)
+            CHECK(got > 0);
     }
     CHECK(offered && offered == returned);
     vu_queue_free(queue);
@@ -498,6 +555,9 @@ static void lose(struct guest *guest, void (*take_away)(struct guest *))
     uint32_t length = 1;
     CHECK(vu_driver_take(driver, &head, &length) == VU_E_FAULT && vu_driver_add(driver, &buffer, 1) == VU_E_FAULT);
     CHECK(vu_driver_arm(driver) == VU_E_FAULT && vu_driver_disarm(driver) == VU_E_FAULT);
+    CHECK(vu_driver_wait(driver, -1, 0, UINT64_MAX) == VU_E_FAULT && vu_map_publish16(guest->map, 0, 1) == VU_E_FAULT);
+    vu_returned returned;
+    CHECK(vu_driver_take_many(driver, &returned, 1) == VU_E_FAULT && vu_driver_move(driver, guest->map) == 0);
     CHECK(vu_queue_push(queue, &chain, &length, 1) == VU_E_FAULT && vu_queue_pop(queue, &chain, 1) == VU_E_FAULT);
     CHECK(vu_queue_arm(queue) == VU_E_FAULT && vu_queue_broken(queue) == VU_E_FAULT && vu_queue_out(queue) == 0);
     vu_queue_free(queue);
@@ -589,7 +649,7 @@ int main(int count, char **arguments)
             both_sides(&guest, size, flags);
     state = strtoull(arguments[1], NULL, 10) | 1;
     for (unsigned long round = strtoul(arguments[2], NULL, 10); round; round--)
-        random_round(&guest);
+        random_round(&guest), lying_round(&guest), marked_round();
     scribbled(&guest, 2000);
     for (uint32_t flags = 0; flags <= VU_DRIVER_EVENT_IDX; flags++)
         converse(&guest, flags, 10000), meetings(&guest, flags, 50000);
