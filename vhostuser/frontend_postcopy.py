@@ -21,7 +21,14 @@ from typing import NamedTuple, Self
 
 from vhostuser.frontend_calls import Calls
 from vhostuser.frontend_memory import SharedMemory, SharedRegion
-from vhostuser.protocol import FrontendRequest, MemoryRegion, ProtocolFeature, RemoteProtocolError
+from vhostuser.protocol import (
+    FrontendRequest,
+    LocalProtocolError,
+    MemoryRegion,
+    Postcopy,
+    ProtocolFeature,
+    RemoteProtocolError,
+)
 
 
 class ClientRegion(NamedTuple):
@@ -57,8 +64,10 @@ class PostcopyClient:
         """Shares ``memory`` and learns the back-end's addresses of it; it does not touch it before ``acknowledge``.
 
         by_slots: region by region (ADD_MEM_REG), not as one table; None: as QEMU does, wherever CONFIGURE_MEM_SLOTS was
-        negotiated. Raises RemoteProtocolError for an answer that does not fit what was sent.
+        negotiated. Raises RemoteProtocolError for an answer that does not fit what was sent, LocalProtocolError before
+        ``listen``.
         """
+        self._check_listening(FrontendRequest.SET_MEM_TABLE)
         if by_slots is None:
             by_slots = self._frontend.session.has(ProtocolFeature.CONFIGURE_MEM_SLOTS)
         if by_slots:
@@ -70,10 +79,15 @@ class PostcopyClient:
 
     async def add(self, region: SharedRegion) -> ClientRegion:
         """Shares one more region; an ``acknowledge`` must follow. Raises as ``share``."""
+        self._check_listening(FrontendRequest.ADD_MEM_REG)
         based = await self._frontend.add_mem_reg(region)
         (added,) = _judge(FrontendRequest.ADD_MEM_REG, [region], [] if based is None else [based])
         self.regions += (added,)
         return added
+
+    def _check_listening(self, code: FrontendRequest) -> None:
+        if self._frontend.session.postcopy not in (Postcopy.LISTENING, Postcopy.AWAITING_ACK):
+            raise LocalProtocolError(code, "is an ordinary table before POSTCOPY_LISTEN", clause=code.clause)
 
     async def remove(self, region: SharedRegion) -> None:
         """Takes a region away: whoever waits in it in the back-end gets an error. An ``acknowledge`` must follow."""
@@ -105,9 +119,7 @@ def _judge(
     code: FrontendRequest, sent: Iterable[SharedRegion], based: Iterable[MemoryRegion]
 ) -> tuple[ClientRegion, ...]:
     """What the back-end answered to these regions. Whether it has mapped them there only it and the kernel know."""
-    asked, came = [region.region for region in sent], list(based)
-    if len(came) != len(asked):
-        raise RemoteProtocolError(code, f"{len(came)} addresses for {len(asked)} regions", clause=code.clause)
+    asked, came = [region.region for region in sent], list(based)  # of the same length, or the session would object
     for region, answer in zip(asked, came, strict=True):
         if (answer.guest, answer.size) != (region.guest, region.size):
             raise RemoteProtocolError(

@@ -235,6 +235,13 @@ async def test_the_kinds_of_ack_that_peers_send(frontend: Frontend, peer: Script
     await asyncio.gather(frontend.set_owner(), peer.follow(Expect(F.SET_OWNER), Answer(Empty())))
 
 
+async def test_a_back_end_with_a_status_hears_when_the_rings_are_set_up(frontend: Frontend, peer: ScriptedPeer) -> None:
+    """DPDK waits for it. Without STATUS there is no such message."""
+    await frontend.driver_ok()
+    await negotiated(frontend, peer)
+    await asyncio.gather(frontend.driver_ok(), peer.follow(Expect(F.SET_STATUS, U64(0b1111)), Answer(U64(0))))
+
+
 async def test_a_back_end_that_offers_no_protocol_features(frontend: Frontend, peer: ScriptedPeer) -> None:
     script = peer.follow(
         *(Expect(F.GET_FEATURES), Answer(U64(1))),

@@ -117,6 +117,10 @@ def test_a_log_of_every_other_page_needs_several_calls() -> None:
     assert log.take() == with_holes
     log.log.mark(0, 8192 * PAGE)
     assert log.take() == [(0, 8192 * PAGE)]
+    for guest, _ in with_holes[:1016]:
+        log.log.mark(guest, 1)
+    log.log.mark(2032 * PAGE, 64 * PAGE)
+    assert log.take()[1015:] == [(2030 * PAGE, PAGE), (2032 * PAGE, 64 * PAGE)], "a run is whole where one call ends"
     log.close()
 
 

@@ -13,6 +13,7 @@ from vhostuser.device import Device
 from vhostuser.frontend import Frontend, PostcopyClient, SharedMemory
 from vhostuser.protocol import (
     U64,
+    LocalProtocolError,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -126,6 +127,19 @@ async def test_a_wrong_answer_to_a_region_is_an_error(
     client = await advised(frontend, peer, Expect(F.ADD_MEM_REG, SingleRegion(region.describe()), fds=1), answer)
     with client, pytest.raises(RemoteProtocolError, match="ADD_MEM_REG"):
         await client.add(region)
+
+
+async def test_memory_is_not_shared_before_listening(
+    memory: SharedMemory, frontend: Frontend, peer: ScriptedPeer
+) -> None:
+    """It would be an ordinary table, whose memory the back-end may touch at once."""
+    await negotiated(frontend, peer)
+    script = peer.follow(Expect(F.POSTCOPY_ADVISE), Answer(fds=(0,)))
+    client, _ = await asyncio.gather(PostcopyClient.advise(frontend), script)
+    with client:
+        for sharing in (client.share(memory), client.add(memory.regions[0])):
+            with pytest.raises(LocalProtocolError, match="before POSTCOPY_LISTEN"):
+                await sharing
 
 
 async def advised(frontend: Frontend, peer: ScriptedPeer, expect: Expect, answer: Payload) -> PostcopyClient:
