@@ -24,7 +24,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 from vhostuser._native import ffi, lib
@@ -65,15 +65,14 @@ class Client:
     """A process that shares the memory; made by ``FaultServer.add_client``. ``number`` is unique among those there
     are."""
 
-    def __init__(self, server: FaultServer, name: str, number: int) -> None:
+    def __init__(self, name: str, number: int, stats: Callable[[int], ClientStats]) -> None:
         self.name = name
         self.number = number
-        self._server = server
-        self._last: ClientStats | None = None
+        self._stats = stats
 
     def stats(self) -> ClientStats:
         """Live; after the client was removed, what they were then."""
-        return self._last or self._server._client_stats(self.number)
+        return self._stats(self.number)
 
     @property
     def gone(self) -> bool:
@@ -81,7 +80,9 @@ class Client:
         return self.stats().gone
 
     def _freeze(self) -> None:
-        self._last = self.stats()
+        """The server goes, and with it the memory: nothing here may keep it."""
+        last = self.stats()
+        self._stats = lambda number: last
 
     def __repr__(self) -> str:
         return f"<Client {self.number} {self.name}>"
@@ -239,7 +240,7 @@ class FaultServer:
             )
             if number < 0:
                 raise ValueError(f"client {name}: {explain(number)}; expected whole pages of regions of this memory")
-            client = Client(self, name, number)
+            client = Client(name, number, self._client_stats)
             self.clients.append(client)
         return client
 

@@ -6,6 +6,7 @@ is waited for, and counts as never happening after PATIENCE.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,23 +194,29 @@ class Bed:
             self._close.pop()()
 
 
+@contextmanager
+def more_huge_pages(count: int) -> Iterator[None]:
+    """So many more of 2 MiB than there were, for as long as it lasts. Raises OSError where they cannot be had."""
+    total, free = HUGE_PAGES / "nr_hugepages", HUGE_PAGES / "free_hugepages"
+    before = int(free.read_text())
+    total.write_text(str(int(total.read_text()) + count))
+    try:
+        if int(free.read_text()) < before + count:
+            raise OSError(errno.ENOMEM, f"there is no memory for {count} huge pages")
+        yield
+    finally:
+        total.write_text(str(max(int(total.read_text()) - count, 0)))
+
+
 @pytest.fixture(scope="session")
 def huge_pages() -> Iterator[None]:
     """So many free huge pages as the tests need at a time."""
-    free, total, wanted = HUGE_PAGES / "free_hugepages", HUGE_PAGES / "nr_hugepages", 16
-    if not HUGE_PAGES.exists():
-        pytest.skip("the kernel has no huge pages of 2 MiB")
-    before = int(total.read_text())
-    if int(free.read_text()) < wanted:
+    with ExitStack() as stack:
         try:
-            total.write_text(str(before + wanted))
+            stack.enter_context(more_huge_pages(16))
         except OSError as error:
-            pytest.skip(f"too few free huge pages and no right to add some: {error.strerror}")
-    if int(free.read_text()) < wanted:
-        pytest.skip(f"there is no memory for {wanted} huge pages")
-    yield
-    if int(total.read_text()) == before + wanted:
-        total.write_text(str(before))
+            pytest.skip(f"no huge pages of 2 MiB: {error.strerror}")
+        yield
 
 
 @pytest.fixture

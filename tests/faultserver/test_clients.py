@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import random
 import socket
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -299,6 +301,23 @@ def test_stress(bed: Bed, policy: WakePolicy, seed: int) -> None:
     assert server.wait(20)
     stats = server.stats()
     assert (stats.placed, stats.waiting, stats.present) == (stats.total, 0, 0)
+
+
+def test_a_closed_server_keeps_no_memory(bed: Bed) -> None:
+    """Huge pages are scarce: they must not wait for a garbage collection."""
+    memory = bed.memory()
+    server = FaultServer(memory, bed.image(memory))
+    process = bed.process(memory)
+    client = server.add_client("kept", process.uffd, process.regions)
+    watched = weakref.ref(server)
+    gc.disable()
+    try:
+        server.close()
+        del server
+        assert watched() is None
+    finally:
+        gc.enable()
+    assert client.stats().faults == 0
 
 
 def test_many_servers_come_and_go(bed: Bed, no_leaks: None) -> None:
