@@ -1,4 +1,4 @@
-"""The C files without Python: no warning of either compiler, and no finding of the address and undefined sanitizers."""
+"""The C files without Python: no warning of either compiler, and no finding of the sanitizers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from vhostuser.placement import Placement, WakePolicy
+from vhostuser.uffd import NotPermitted, Userfaultfd
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "vhostuser" / "native"
@@ -42,6 +45,27 @@ def rings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_no_ring_makes_the_native_code_leave_its_memory(rings: Path, seed: int) -> None:
     """To look further: tests/native/rings.c, any seed, any number of rounds."""
     assert run(rings, str(seed), str(ROUNDS)) == "ok\n"
+
+
+@pytest.fixture(scope="module", params=["thread", "address,undefined"])
+def faults(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        Userfaultfd.probe()
+    except NotPermitted as error:
+        pytest.skip(str(error))
+    program = tmp_path_factory.mktemp("native") / "faults"
+    sources = [ROOT / "tests/native/faults.c", *sorted(NATIVE.glob("*.c"))]
+    flags = ["-O1", f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
+    run(compilers()[0], *STRICT, *flags, *sources, "-pthread", "-o", program)
+    return program
+
+
+@pytest.mark.postcopy
+@pytest.mark.parametrize("put", [Placement.COPY, Placement.CONTINUE])
+@pytest.mark.parametrize("wake", list(WakePolicy))
+def test_the_threads_of_a_fault_server_do_not_race(faults: Path, put: Placement, wake: WakePolicy) -> None:
+    """To look further: tests/native/faults.c, any seed, any number of rounds."""
+    assert run(faults, "1", "3", str(int(put)), str(int(wake))) == "ok\n"
 
 
 @pytest.mark.parametrize("compiler", compilers(), ids=lambda path: Path(path).name)

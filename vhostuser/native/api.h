@@ -11,8 +11,8 @@
  *    (SIGBUS: the file was truncated) or revoked (SIGSEGV) and then returns VU_E_FAULT.
  *  - Functions return 0 or a count on success and a negative VU_E_ code on failure; functions that return
  *    a pointer return NULL and store the code in *error. VU_E_SYS means: see errno.
- *  - Locks: vu_touch holds one and vu_pages the other, and no thread holds both. Everything else is immutable, owned by
- *    one thread at a time, or atomic.
+ *  - Locks: vu_touch holds one, vu_pages the second, the record of a fault server the third, and no thread holds two of
+ *    them. Everything else is immutable, owned by one thread at a time, or atomic.
  */
 
 /* ---- error codes ------------------------------------------------------------------------------------- */

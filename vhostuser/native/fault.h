@@ -4,6 +4,8 @@
 #ifndef VHOSTUSER_FAULT_H
 #define VHOSTUSER_FAULT_H
 
+#include <pthread.h>
+
 #include "core.h"
 
 enum { VU_FAULT_BATCH = 64, VU_FAULT_COUNTERS = sizeof(struct vu_client_stats) / sizeof(uint64_t) };
@@ -35,9 +37,10 @@ struct vu_fault_client {
 };
 
 struct vu_fault_record {
-    _Atomic uint64_t next; /* sequence number of the event that comes next, less 1 */
-    uint32_t size;
-    struct vu_fault_slot *slots;
+    pthread_mutex_t lock; /* of what follows */
+    uint64_t last;        /* sequence number of the last event */
+    uint32_t size;        /* a power of two, or 0: nothing is recorded */
+    struct vu_fault_event *events;
 };
 
 struct vu_faults {
