@@ -154,7 +154,8 @@ class Disk:
         struct.pack_into("<QIHH", self.memory.bytes, DESC + 16 * head, at, len(table), INDIRECT, 0)
         struct.pack_into("<H", self.memory.bytes, AVAIL + 4 + 2 * (self.available % self.ring_size), head)
         self.available = self.available + 1 & 0xFFFF
-        struct.pack_into("<H", self.memory.bytes, AVAIL + 2, self.available)
+        # Not by pack_into, which clears the bytes first: an engine that looks just then sees an index of 0.
+        self.memory.bytes[AVAIL + 2 : AVAIL + 4] = struct.pack("<H", self.available)
         return head
 
     def run(self) -> int:
