@@ -36,14 +36,24 @@ def test_names_in_a_command_are_filled_in_word_by_word() -> None:
     assert words == ["blk", "--socket=/a b/s", "/d {other}", "--wake", "/w", "-n3"]
 
 
-def test_emptied_memory_reads_as_zeros_and_stays_empty() -> None:
-    with Guest(plan()) as guest:
+@pytest.mark.parametrize("one_file", [False, True], ids=["files", "one-file"])
+def test_emptied_memory_reads_as_zeros_and_stays_empty(one_file: bool) -> None:
+    with Guest(plan(), one_file=one_file) as guest:
         guest.write(0, b"content")
         assert (guest.present, guest.read(Area(0, 7))) == (1, b"content")
         guest.empty()
         assert guest.read(Area(0, 7)) == bytes(7)
         assert guest.read(Area(1 << 30, 2 * MIB)) == bytes(2 * MIB)
         assert guest.present == 0
+
+
+def test_regions_in_one_file_do_not_lie_upon_each_other() -> None:
+    with Guest(plan(), one_file=True) as guest:
+        guest.write(0, b"below")
+        guest.write(1 << 30, b"above")
+        assert (guest.read(Area(0, 5)), guest.read(Area(1 << 30, 5))) == (b"below", b"above")
+        assert guest.present == 2
+        assert len({region.region.inode for region in guest.memory.regions}) == 1
 
 
 @pytest.mark.parametrize("content", ["1\n", None], ids=["too-few", "none"])

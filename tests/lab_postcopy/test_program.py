@@ -95,6 +95,11 @@ class TestOurs:
         assert indirect["clients"][0]["faults"] > 100
         assert direct["settings"] != indirect["settings"]
 
+    @pytest.mark.parametrize("flow", ["table", "regions"])
+    def test_regions_may_lie_in_one_file(self, flow: str) -> None:
+        (found,) = runs_of("--one-file", "--regions=4", f"--flow={flow}")
+        assert found["clients"][0]["faults"] > 10
+
     def test_the_same_seed_makes_the_same_requests(self) -> None:
         one, again, other = (runs_of(f"--seed={seed}", "--order=none")[0]["requests"]["bytes"] for seed in (1, 1, 2))
         assert one == again != other

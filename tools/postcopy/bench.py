@@ -48,7 +48,7 @@ class Bench:
             self.plan = make_plan(_shape(self.options))
             self._describe()
             self.truth = Truth(self.plan, self.options.seed)
-            self.guest = stack.enter_context(Guest(self.plan))
+            self.guest = stack.enter_context(Guest(self.plan, one_file=self.options.one_file))
             self.loads = [stack.enter_context(self._new_load(index)) for index in range(self.options.clients)]
             self._move_to_source()
             pages = Pages(self.guest.memory, self.truth, self.plan, self.options, self._wake)

@@ -7,6 +7,7 @@ What belongs here: the files and what is in them. What does not: what must be in
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -24,16 +25,17 @@ class GuestError(Exception):
 
 
 class Guest:
-    """Owns guest memory. Raises GuestError."""
+    """Owns guest memory. one_file: all regions lie in one file, behind each other, and not each in its own.
 
-    def __init__(self, plan: Plan) -> None:
+    Raises GuestError.
+    """
+
+    def __init__(self, plan: Plan, *, one_file: bool = False) -> None:
         self._plan = plan
         if plan.page_size == HUGE:
             _require_huge_pages(plan.size // HUGE)
         try:
-            self.memory = SharedMemory(
-                *((region.guest, region.size) for region in plan.regions), hugetlb=plan.page_size == HUGE
-            )
+            self.memory = _in_one_file(plan) if one_file else _in_files(plan)
         except (OSError, RequestRefused) as error:
             raise GuestError(f"{plan.size >> 20} MiB of guest memory: {error}") from None
 
@@ -45,8 +47,9 @@ class Guest:
 
     def read(self, area: Area) -> bytes:
         """What the file holds; never waits. A missing page reads as zeros, and is not filled by it."""
-        region, offset = self._plan.locate(area.guest)
-        return os.pread(self.memory.fds[region], area.size, offset)
+        number, offset = self._plan.locate(area.guest)
+        shared = self.memory.regions[number]
+        return os.pread(shared.fd, area.size, shared.region.offset + offset)
 
     def write(self, guest: int, data: bytes) -> None:
         """As a CPU does: where the page is missing it waits for it. Never on the control thread."""
@@ -54,14 +57,40 @@ class Guest:
 
     def empty(self) -> None:
         """Makes every page missing."""
-        for fd, region in zip(self.memory.fds, self._plan.regions, strict=True):
+        for fd, status in self._files():
             os.truncate(fd, 0)
-            os.truncate(fd, region.size)
+            os.truncate(fd, status.st_size)
 
     @property
     def present(self) -> int:
         """Pages in the files, whoever put them there."""
-        return sum(os.fstat(fd).st_blocks for fd in self.memory.fds) * 512 // self._plan.page_size
+        return sum(status.st_blocks for _, status in self._files()) * 512 // self._plan.page_size
+
+    def _files(self) -> Iterable[tuple[int, os.stat_result]]:
+        """A descriptor and the state of each."""
+        found = [(fd, os.fstat(fd)) for fd in self.memory.fds]
+        return {status.st_ino: (fd, status) for fd, status in found}.values()
+
+
+def _in_files(plan: Plan) -> SharedMemory:
+    return SharedMemory(*((region.guest, region.size) for region in plan.regions), hugetlb=plan.page_size == HUGE)
+
+
+def _in_one_file(plan: Plan) -> SharedMemory:
+    memory = SharedMemory()
+    fd = os.memfd_create("guest", os.MFD_CLOEXEC | (os.MFD_HUGETLB if plan.page_size == HUGE else 0))
+    try:
+        os.truncate(fd, plan.size)
+        offset = 0
+        for region in plan.regions:
+            memory.add(region.guest, region.size, offset=offset, file=fd)
+            offset += region.size
+    except BaseException:
+        memory.close()
+        raise
+    finally:
+        os.close(fd)
+    return memory
 
 
 def _require_huge_pages(wanted: int) -> None:

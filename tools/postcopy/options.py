@@ -63,6 +63,8 @@ class Options:
     clients: int
     memory: int
     regions: int
+    one_file: bool
+    """Whether they lie in one file, at different offsets."""
     page_size: int
     flows: tuple[Flow, ...]
     wakes: tuple[Wake, ...]
@@ -139,6 +141,7 @@ def _add_memory(parser: Parser) -> None:
     group = parser.add_argument_group("guest memory")
     group.add_argument("--memory", metavar="MIB", type=number(1, 1 << 20), default=64, help="default 64")
     group.add_argument("--regions", metavar="N", type=number(1, 8), default=2, help="default 2")
+    group.add_argument("--one-file", action="store_true", help="all regions in one file, at offsets, as QEMU has them")
     group.add_argument("--page-size", choices=PAGE_SIZES, default="4k", help="default 4k; 2M: from hugetlbfs")
     group.add_argument(
         "--flow",
@@ -225,6 +228,7 @@ def _options(parser: Parser, given: argparse.Namespace) -> Options:
         clients=clients,
         memory=given.memory * MIB,
         regions=given.regions,
+        one_file=given.one_file,
         page_size=PAGE_SIZES[given.page_size],
         flows=given.flow,
         wakes=given.wake,
