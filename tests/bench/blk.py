@@ -37,7 +37,6 @@ from vhostuser.frontend import Frontend, FrontendRing, SharedMemory  # noqa: E40
 IMAGE = 64 << 20
 BLOCK = 4096
 BUFFERS = 1 << 20
-LOG_ALL = 1 << 26
 REPLY_ACK = 1 << 3  # libvhost-user 7.2 answers requests that carry NEED_REPLY with wrong flags
 CASES = [(1, False), (1, True), (32, False), (32, True)]
 # By depth: what our engine must reach as a multiple of qemu-storage-daemon's rate.
@@ -115,7 +114,7 @@ async def run(server: Server, depth: int, write: bool, seconds: float, blocks: i
     """One case on a fresh connection."""
     memory = SharedMemory((0, BUFFERS + depth * (BLOCK + 64)))
     async with await Frontend.connect(str(server.path)) as frontend:
-        await frontend.negotiate(features=~LOG_ALL, protocol_features=~REPLY_ACK)
+        await frontend.negotiate(protocol_features=~REPLY_ACK)
         await frontend.set_memory(memory)
         ring = FrontendRing(0, DriverQueue(memory.map, 0, 128, event_idx=True, indirect=True))
         await frontend.start_ring(ring, memory)

@@ -88,10 +88,13 @@ def test_memory_in_a_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_huge_pages() -> None:
+def test_huge_pages(huge_pages: None) -> None:
     with SharedMemory((0, 4 * MIB), hugetlb=True) as memory:
+        memory.add(1 << 32, MIB, offset=MIB, file=memory.fds[0])
         assert memory.regions[0].region.page_size == 2 * MIB
         assert memory.regions[0].region.hugetlb
+        memory.write(1 << 32, b"second MiB")
+        assert memory.read(MIB, 10) == b"second MiB"
 
 
 # ---- the dirty log

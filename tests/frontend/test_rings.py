@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.runtime.echo import DATA, Echo, answer, ask
+from vhostuser.backend import Backend
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.frontend import FrontendRing, SharedLog, SharedMemory
+from vhostuser.frontend import Frontend, FrontendRing, SharedLog, SharedMemory
 from vhostuser.protocol import LocalProtocolError
 from vhostuser.testing.pair import Pair
 
@@ -120,3 +122,13 @@ async def test_a_log_needs_its_feature(pairs: Callable[..., Pair]) -> None:
 @pytest.fixture(autouse=True)
 def mapped(no_mappings: None) -> Iterator[None]:
     yield
+
+
+async def test_a_back_end_may_connect_to_a_front_end_that_listens(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    async with Frontend.listen(path) as listener:
+        serving = asyncio.ensure_future(Backend(Echo()).connect(str(path), once=True))
+        async with await listener.accept() as frontend:
+            await frontend.negotiate()
+            assert await frontend.get_queue_num() == Echo.queues
+        await asyncio.wait_for(serving, 5)

@@ -1,6 +1,7 @@
 """Our front-end drives back-ends that are none of ours: QEMU's vhost-user-blk and DPDK's net_vhost. No guest."""
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -174,8 +175,18 @@ async def test_the_storage_daemon_takes_and_loses_regions(daemon: tuple[Frontend
 @pytest.fixture
 async def testpmd(tmp_path: Path) -> AsyncIterator[Frontend]:
     socket = tmp_path / "socket"
+    cpus = sorted(os.sched_getaffinity(0))
     command = [
-        *("dpdk-testpmd", "--lcores=0@0,1@1", "--no-pci", "--no-huge", "-m", "256", "--no-shconf", "--no-telemetry"),
+        *(
+            "dpdk-testpmd",
+            f"--lcores=0@{cpus[0]},1@{cpus[-1]}",
+            "--no-pci",
+            "--no-huge",
+            "-m",
+            "256",
+            "--no-shconf",
+            "--no-telemetry",
+        ),
         *(f"--vdev=net_vhost0,iface={socket},queues=1", "--", "--forward-mode=macswap", "--auto-start", "--nb-cores=1"),
         *("--total-num-mbufs=2048", "--stats-period=1000"),
     ]
