@@ -327,9 +327,9 @@ class FaultServer:
     def _lose(self, error: Exception) -> None:
         with self._lock:
             if self.lost is None and not self._ending:
-                self.lost = error
                 self._feed.end()
                 lib.vu_faults_pause(self._native, 1)
+                self.lost = error
                 os.eventfd_write(self._notice, 1)
 
     # ---- pause, wait

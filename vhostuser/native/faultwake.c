@@ -135,6 +135,7 @@ static void wake_runs(struct vu_faults *server, const struct run *runs, uint32_t
 {
     struct vu_fault_client *client = runs->client;
     uint32_t sent = 0;
+    VU_CLIENT_COUNT(client, wakes, count);
     while (uses_channel(server, client, kind) && sent < count) {
         uint32_t some = count - sent < client->ranges ? count - sent : client->ranges;
         if (!send_wake(client, runs + sent, some))
@@ -143,7 +144,6 @@ static void wake_runs(struct vu_faults *server, const struct run *runs, uint32_t
     }
     for (uint32_t i = sent; i < count; i++)
         wake_run(server, &runs[i], kind);
-    VU_CLIENT_COUNT(client, wakes, count);
 }
 
 static void count_wait(struct vu_fault_client *client, uint64_t ns)
@@ -178,18 +178,19 @@ static uint32_t merge(struct vu_faults *server, const struct vu_wait *waits, uin
     return (uint32_t)(last - runs) + 1;
 }
 
+/* Counted before it is done: whoever sees that a thread goes on finds its wake in the counters. */
 static void wake_client(struct vu_faults *server, const struct vu_wait *waits, uint32_t count, enum vu_wake_kind kind)
 {
     struct run runs[VU_FAULT_BATCH];
     struct vu_fault_client *client = &server->clients[waits->client];
     uint32_t made = merge(server, waits, count, runs);
-    wake_runs(server, runs, made, kind);
     uint64_t now = vu_clock_ns();
     VU_CLIENT_COUNT(client, merged_wakes, count - made);
     for (uint32_t i = 0; i < count; i++)
         count_wait(client, now - waits[i].since);
     for (uint32_t i = 0; i < made; i++)
         vu_record_add(server, VU_EVENT_WOKEN, waits->client, runs[i].first, runs[i].count, now);
+    wake_runs(server, runs, made, kind);
 }
 
 static bool comes_before(const struct vu_wait *a, const struct vu_wait *b)
@@ -232,8 +233,8 @@ void vu_wake_all(struct vu_faults *server, uint64_t first, uint64_t count, const
         uint64_t host = vu_client_address(client, first);
         if (idle >> number & 1 && host) {
             struct run run = {client, number, vu_fault_part_of(server, first), first, count, host};
-            wake_runs(server, &run, 1, VU_WAKE_PRESENT);
             VU_CLIENT_COUNT(client, spurious, 1);
+            wake_runs(server, &run, 1, VU_WAKE_PRESENT);
         }
         vu_client_release(server, number);
     }
