@@ -5,12 +5,18 @@ import os
 import select
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import vhostuser.faultserver
+import vhostuser.frontend
+import vhostuser.pagesource
 from tests.frontend.test_calls import negotiated
+from tests.runtime.echo import Echo
 from vhostuser.device import Device
-from vhostuser.frontend import Frontend, PostcopyClient, SharedMemory
+from vhostuser.driverqueue import DriverQueue
+from vhostuser.frontend import DRIVABLE, Frontend, FrontendRing, PostcopyClient, SharedMemory
 from vhostuser.protocol import (
     U64,
     LocalProtocolError,
@@ -21,6 +27,7 @@ from vhostuser.protocol import (
     ProtocolFeature,
     RemoteProtocolError,
     SingleRegion,
+    VirtioFeature,
 )
 from vhostuser.protocol import FrontendRequest as F
 from vhostuser.testing.pair import Pair
@@ -28,6 +35,7 @@ from vhostuser.testing.peer import Answer, Expect, ScriptedPeer, Step
 from vhostuser.uffd import NotPermitted, Userfaultfd
 
 PAGE = 4096
+SIZE = 1 << 20
 SLOTS = ProtocolFeature.CONFIGURE_MEM_SLOTS.mask
 
 
@@ -154,3 +162,63 @@ async def advised(frontend: Frontend, peer: ScriptedPeer, expect: Expect, answer
     await client.listen()
     script.add_done_callback(lambda script: script.result())
     return client
+
+
+class Shared:
+    """Two of our back-ends on one memory that has holes; what was there is in ``source``, the driver's rings too."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self.pairs = pairs
+        self.source = SharedMemory((0, SIZE))
+        self.memory: SharedMemory | None = None
+        self.rings: list[FrontendRing] = []
+        for number, _ in enumerate(pairs):
+            self.rings.append(FrontendRing(0, DriverQueue(self.source.map, number * PAGE * 4, 8)))
+            at = (64 + number) * PAGE
+            self.source.write(at, b"back-end %d" % number)
+            self.rings[-1].queue.offer([(at, 10)], [(at + 16 * PAGE, 10)])
+            self.rings[-1].queue.publish()
+
+    async def run(self, memory: SharedMemory) -> None:
+        """Starts every ring and collects every answer."""
+        self.memory = memory
+        for pair, ring in zip(self.pairs, self.rings, strict=True):
+            ring.queue.move(memory.map)
+            await pair.frontend.start_ring(ring, memory)
+            ring.kick()
+        for number, ring in enumerate(self.rings):
+            assert await asyncio.to_thread(ring.queue.wait, ring.call_fd, timeout=10)
+            assert await asyncio.to_thread(ring.queue.take) == (0, 10)
+            answer = await asyncio.to_thread(memory.read, (80 + number) * PAGE, 10)
+            assert answer == b"BACK-END %d" % number
+
+    def close(self) -> None:
+        for ring in self.rings:
+            ring.close()
+        self.source.close()
+        if self.memory is not None:
+            self.memory.close()
+
+
+@pytest.mark.postcopy
+async def test_the_destination_of_the_page_works(permitted: None, no_leaks: None, pairs: Callable[..., Pair]) -> None:
+    """The snippet of docs/postcopy.md with two back-ends; every byte came from the source, none from a hole."""
+    page = (Path(__file__).parents[2] / "docs" / "postcopy.md").read_text()
+    snippet = page[page.index("## The other side") :].split("```python\n")[1].split("```")[0]
+    shared = Shared([pairs(Echo()), pairs(Echo())])
+    for pair in shared.pairs:
+        await pair.frontend.negotiate(DRIVABLE & ~VirtioFeature.RING_EVENT_IDX.mask)
+    names = {**vars(vhostuser.faultserver), **vars(vhostuser.pagesource), **vars(vhostuser.frontend)}
+    names |= {"asyncio": asyncio, "size": SIZE, "image_fd": shared.source.fds[0], "run_the_rings": shared.run}
+    names |= {"back_ends": {str(number): pair.frontend for number, pair in enumerate(shared.pairs)}, "clients": []}
+    body = "".join(f"    {line}\n" for line in snippet.splitlines())
+    exec(f"async def run():\n{body}    return server\n", names)
+    server = await asyncio.wait_for(names["run"](), 30)
+    assert server.complete
+    assert sum(client.stats().faults for client in server.clients) > 0, "back-ends have waited for pages"
+    server.close()
+    for client in names["clients"]:
+        client.close()
+    for pair in shared.pairs:
+        await pair.close()
+    shared.close()
