@@ -12,7 +12,7 @@ import select
 from typing import NamedTuple
 
 from vhostuser.conformance.suite import Violation, check, equal
-from vhostuser.driverqueue import DriverQueue, RawRing
+from vhostuser.driverqueue import Descriptor, DriverQueue, RawRing
 from vhostuser.drivers.blk import BlkAnswer, BlkDriver, BlkRequest, BlkStatus
 from vhostuser.drivers.net import FrameSender
 from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
@@ -105,6 +105,37 @@ class Lane:
         self.memory.write(head + 32, bytes([BlkStatus.NONE]))
         return Buffers(head, self._disk.data_at(slot), head + 32)
 
+    # ---- the ring byte by byte; what is offered so is not seen by ``answers``
+
+    def describe(self, *segments: tuple[int, int, bool], first: int = 0) -> None:
+        """Writes a chain of (guest address, bytes, writable) into the table, from descriptor ``first`` on."""
+        for number, (guest, length, writable) in enumerate(segments, first):
+            more = number + 1 < first + len(segments)
+            flags = Descriptor.NEXT * more | Descriptor.WRITE * writable
+            self.raw.describe(number, guest, length, flags, number + 1 if more else 0)
+
+    def plain_chain(self, first: int = 0) -> Buffers:
+        """Lays a read of one sector out, in memory and in three descriptors from ``first`` on."""
+        buffers = self.buffers()
+        self.describe((buffers.header, 16, False), (buffers.data, 512, True), (buffers.status, 1, True), first=first)
+        return buffers
+
+    def push(self, *heads: int) -> None:
+        """Makes chains available, without a kick."""
+        index = self.raw.available_index
+        self.raw.make_available(index, heads)
+        self.raw.available_index = index + len(heads)
+
+    async def used_to(self, index: int) -> None:
+        """Waits until the used index is ``index``."""
+        deadline = asyncio.get_running_loop().time() + self.patience
+        while (seen := self.raw.used_index) != index:
+            if asyncio.get_running_loop().time() > deadline:
+                raise Violation(f"a used index of {index}", f"{seen} after {self.patience:g} s")
+            await asyncio.sleep(_LOOK)
+
+    # ---- what comes back
+
     def _collect(self) -> list[BlkAnswer]:
         if self._sender is not None:
             self._out -= self._sender.collect()
@@ -147,6 +178,11 @@ class Lane:
         await asyncio.sleep(self.quiet)
         self._collect()
         check(self._out == out, "the ring left alone", f"{out - self._out} requests returned")
+
+    def returned(self) -> bool:
+        """Looks once: has everything that was offered come back?"""
+        self._collect()
+        return not self._out
 
     async def called(self, within: float | None = None) -> bool:
         """Is the call eventfd signalled ``within`` so many seconds (default: the patience)? Its counter is taken."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from vhostuser.conformance.lane import AREA, Lane
 from vhostuser.conformance.subject import Subject
 from vhostuser.conformance.suite import Skipped, Violation, check
-from vhostuser.driverqueue import DriverQueue
+from vhostuser.driverqueue import DriverQueue, RingParts
 from vhostuser.frontend import DRIVABLE_PROTOCOL, Frontend, ReplyTimeout, SharedLog, SharedMemory
 from vhostuser.protocol import (
     FRONTEND,
@@ -112,10 +112,10 @@ class Peer:
         assert self._memory is not None
         return self._memory
 
-    async def share(self, memory: SharedMemory | None = None) -> SharedMemory:
-        """SET_MEM_TABLE with this memory, or with what ``make_memory`` makes."""
+    async def share(self, memory: SharedMemory | None = None, *, by_slots: bool = False) -> SharedMemory:
+        """Tells the back-end of this memory, or of what ``make_memory`` makes; see ``Frontend.set_memory``."""
         self._memory = memory or self.make_memory()
-        await self.frontend.set_mem_table(self._memory)
+        await self.frontend.set_memory(self._memory, by_slots=by_slots)
         return self._memory
 
     def make_log(self) -> SharedLog:
@@ -124,13 +124,18 @@ class Peer:
         self._owned.callback(log.close)
         return log
 
-    def make_lane(self, index: int | None = None, *, size: int = 64, indirect: bool = False) -> Lane:
-        """A ring in the shared memory that the back-end does not know yet."""
+    def make_lane(
+        self, index: int | None = None, *, size: int = 64, indirect: bool = False, at: int | RingParts | None = None,
+        requests: int | None = None,
+    ) -> Lane:  # fmt: skip
+        """A ring in the shared memory that the back-end does not know yet. at, requests: guest addresses of its parts
+        and of its requests, where the usual ones will not do."""
         index = self.index if index is None else index
         event_idx = self.frontend.session.has(VirtioFeature.RING_EVENT_IDX)
-        queue = DriverQueue(self.memory.map, index * RINGS, size, event_idx=event_idx, indirect=indirect)
+        place = index * RINGS if at is None else at
+        queue = DriverQueue(self.memory.map, place, size, event_idx=event_idx, indirect=indirect)
         lane = Lane(
-            self.frontend, self.memory, index, queue, MIB + index * AREA,
+            self.frontend, self.memory, index, queue, MIB + index * AREA if requests is None else requests,
             frames=self._net, patience=self.patience, quiet=self.quiet,
         )  # fmt: skip
         self._owned.callback(lane.close)

@@ -5,18 +5,35 @@ What belongs here: the list. A module holds a theme's cases; a case is written a
 
 from __future__ import annotations
 
-from vhostuser.conformance.backend_cases import framing, negotiation, reply_ack, ring_state
+from vhostuser.conformance.backend_cases import (
+    backend_channel,
+    config,
+    dirty_log,
+    framing,
+    memory,
+    negotiation,
+    reply_ack,
+    ring_state,
+    rings,
+)
 from vhostuser.conformance.peer import Peer
 from vhostuser.conformance.suite import Case
 
-CASES: list[Case[Peer]] = [
-    case
-    for theme in (
-        framing.CASES,
-        negotiation.CASES,
-        reply_ack.CASES,
-        ring_state.CASES,
-    )
-    for case in theme.cases
-]
+_THEMES = (
+    framing.CASES,
+    negotiation.CASES,
+    reply_ack.CASES,
+    ring_state.CASES,
+    rings.SETUP,
+    rings.KICK,
+    rings.CALL,
+    rings.BASE,
+    memory.TABLE,
+    memory.SLOTS,
+    dirty_log.CASES,
+    config.CASES,
+    backend_channel.CASES,
+)
+
+CASES: list[Case[Peer]] = [case for theme in _THEMES for case in theme.cases]
 """Every case; ids are unique."""

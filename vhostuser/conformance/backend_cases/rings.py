@@ -1,0 +1,519 @@
+"""Kicks, calls, bases and the order in which a ring is set up. Sections of the SET_VRING_ messages."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from vhostuser.conformance.bench import Need
+from vhostuser.conformance.lane import Lane
+from vhostuser.conformance.peer import Peer
+from vhostuser.conformance.suite import Theme, check, equal
+from vhostuser.driverqueue import RingParts
+from vhostuser.protocol import FrontendRequest, ProtocolFeature, VirtioFeature, VringFd
+
+F, P, V = FrontendRequest, ProtocolFeature, VirtioFeature
+RINGS, BIT_30 = Need.RINGS, V.PROTOCOL_FEATURES
+
+SETUP: Theme[Peer] = Theme("setup", "Ring states")
+KICK: Theme[Peer] = Theme("kick", F.SET_VRING_KICK.clause)
+CALL: Theme[Peer] = Theme("call", F.SET_VRING_CALL.clause)
+BASE: Theme[Peer] = Theme("base", F.GET_VRING_BASE.clause)
+
+
+# ---- setting up
+
+
+@SETUP.must("without-bit-30", "Without bit 30 every ring is enabled by SET_FEATURES.", RINGS)
+async def _(peer: Peer) -> None:
+    await peer.frontend.negotiate(V.VERSION_1.mask, 0)
+    await peer.share()
+    lane = peer.make_lane()
+    await lane.start()
+    await lane.works()
+
+
+@SETUP.must("without-protocol-features", "A ring works where no protocol feature is used.", RINGS, BIT_30)
+async def _(peer: Peer) -> None:
+    await peer.frontend.negotiate(V.VERSION_1.mask | BIT_30.mask, 0)
+    await peer.share()
+    lane = peer.make_lane()
+    await lane.start()
+    await lane.works()
+
+
+async def _set_up(peer: Peer, order: str) -> Lane:
+    """Sends the messages that these letters stand for, in this order, and gives the ring its first request."""
+    await peer.negotiate()
+    memory = await peer.share()
+    lane = peer.make_lane()
+    frontend, index, user, queue = peer.frontend, lane.index, memory.map.guest_to_host, lane.queue
+    parts = {"desc": user(queue.desc), "avail": user(queue.avail), "used": user(queue.used)}
+    for letter in order:
+        match letter:
+            case "n":
+                await frontend.set_vring_num(index, queue.size)
+            case "b":
+                await frontend.set_vring_base(index, 0)
+            case "a":
+                await frontend.set_vring_addr(index, **parts)
+            case "k":
+                await frontend.set_vring_kick(index, lane.ring.kick_fd)
+            case "c":
+                await frontend.set_vring_call(index, lane.ring.call_fd)
+            case "e":
+                await lane.enable()
+    return lane
+
+
+for _order, _rule in {
+    "nbakce": "KICK may come before CALL",
+    "nbacke": "CALL may come before KICK",
+    "ecnbak": "CALL and ENABLE may come before anything else about the ring",
+    "nbake": "a ring needs no SET_VRING_CALL: its driver polls",
+    "nakce": "a ring that is given no base begins at 0",
+    "banke": "base and addresses may come before the size",
+}.items():
+
+    def _add(order: str, rule: str) -> None:
+        @SETUP.must(order, f"Setting a ring up ({order}): {rule}.", RINGS, BIT_30)
+        async def _(peer: Peer) -> None:
+            lane = await _set_up(peer, order)
+            await lane.works()
+
+    _add(_order, _rule)
+
+
+@SETUP.should("kecnba", "A ring whose kick descriptor comes first is started when the rest is there.", RINGS, BIT_30)
+async def _(peer: Peer) -> None:
+    lane = await _set_up(peer, "kecnba")
+    await lane.works()
+
+
+@SETUP.must("no-addresses", "A ring without addresses that is enabled and kicked does no harm.", RINGS, BIT_30)
+async def _(peer: Peer) -> None:
+    lane = await _set_up(peer, "nbkce")
+    lane.kick()
+    await lane.idle()
+
+
+@SETUP.must("no-size", "A ring without a size that is enabled and kicked does no harm.", RINGS, BIT_30)
+async def _(peer: Peer) -> None:
+    lane = await _set_up(peer, "bakce")
+    lane.kick()
+    await peer.answers()
+
+
+@SETUP.must("moved", "A ring that was stopped may go on at another address.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    await lane.stop()
+    moved = peer.make_lane(at=512 * 1024)
+    await moved.start()
+    await moved.works()
+
+
+@SETUP.must("resized", "A ring that was stopped may go on with another size.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane(size=64)
+    await lane.works()
+    await lane.stop()
+    resized = peer.make_lane(size=16)
+    await resized.start()
+    for _ in range(3):
+        resized.offer(count=5)
+        resized.kick()
+        await resized.served()
+
+
+@SETUP.must("reset-by-driver", "The used index is read from the ring at a start, not remembered from the last.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    await lane.works()
+    await lane.stop()
+    fresh = peer.make_lane()  # which clears the ring, as a guest that boots again does
+    await fresh.start()
+    await fresh.works()
+    equal("the used index", fresh.raw.used_index, 1)
+
+
+@SETUP.must("two-rings", "Two rings work side by side, and the stop of one is not the other's.", RINGS, Need.TWO_RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    other = peer.make_lane(1 - peer.index)
+    await other.start()
+    await lane.works()
+    if peer.index == 0:
+        await other.works()
+        await lane.stop()
+        await other.works()
+    else:
+        await other.stop()
+        await lane.works()
+
+
+# ---- kicks
+
+
+@KICK.must("before-enable", "A kick that comes while a ring is disabled is not lost when it is enabled.", RINGS, BIT_30)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane(enable=False)
+    lane.offer()
+    lane.kick()
+    await peer.frontend.get_features()
+    await asyncio.sleep(peer.quiet)
+    await lane.enable()
+    await lane.served()
+
+
+@KICK.must("before-message", "A descriptor that is readable when SET_VRING_KICK comes is a kick.", RINGS)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    await peer.share()
+    lane = peer.make_lane()
+    lane.offer()
+    lane.kick()
+    await lane.start()
+    await lane.served()
+
+
+@KICK.must("without-request", "A kick with nothing in the ring does no harm.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    for _ in range(100):
+        lane.kick()
+    await lane.idle()
+    await lane.works()
+
+
+@KICK.must("counter", "However often it was kicked, a ring is looked at once and no request is made up.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    os.eventfd_write(lane.ring.kick_fd, 0xFFFF_FFFF_FFFF)
+    await lane.idle()
+    await lane.works()
+
+
+@KICK.must("blocking", "A kick descriptor may be a blocking one.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    os.set_blocking(lane.ring.kick_fd, True)  # a flag of the file, which both sides share
+    await lane.works()
+    await lane.works()
+    await lane.stop()
+
+
+@KICK.must("each", "No kick is lost, however they fall between requests.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    for _ in range(300):
+        await lane.works()
+
+
+@KICK.must("replaced", "A new kick descriptor counts from then on, while the ring runs.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    kick = peer.eventfd()
+    await peer.frontend.set_vring_kick(lane.index, kick)
+    lane.offer()
+    os.eventfd_write(kick, 1)
+    await lane.served()
+
+
+@KICK.must("replaced-leak", "Kick, call and err descriptors that are replaced are closed.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    frontend, index = peer.frontend, lane.index
+    await lane.works()
+    before = peer.open_fds()
+    for _ in range(20):
+        await frontend.set_vring_kick(index, lane.ring.kick_fd)
+        await frontend.set_vring_call(index, lane.ring.call_fd)
+        await frontend.set_vring_err(index, lane.ring.err_fd)
+    await frontend.get_features()
+    check(peer.open_fds() <= before + 1, f"{before} descriptors", f"{peer.open_fds()} after 60 replacements")
+    await lane.works()
+
+
+@KICK.should("polled", "A ring without a kick descriptor is polled: its requests are served without kicks.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane(polled=True)
+    await lane.works(kick=False)
+    await lane.works(kick=False)
+
+
+@KICK.must(
+    "polled-index", "Bit 8 of SET_VRING_KICK says that there is no descriptor; it is no part of the index.", P.REPLY_ACK
+)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    reaction = await peer.react(F.SET_VRING_KICK, VringFd(peer.index, has_fd=False))
+    await peer.serves_another()
+    check(reaction.kind.value != "no answer", "an answer", str(reaction))
+
+
+@KICK.must("no-spin", "A pipe whose writer has gone is no reason to spin or to die.", RINGS)
+async def _(peer: Peer) -> None:
+    await peer.lane()
+    read, write = peer.pipe()
+    await peer.react(F.SET_VRING_KICK, VringFd(peer.index), (read,))
+    os.write(write, b"12345678")
+    await peer.serves_another()
+
+
+# ---- calls
+
+
+@CALL.must("called", "The driver is called when a request was returned.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    lane.forget_calls()
+    await lane.works()
+    check(await lane.called(), "a call", "none")
+
+
+@CALL.must("every-time", "The driver is called again for what is returned after it has looked.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    for _ in range(50):
+        lane.offer()
+        lane.kick()
+        while not lane.returned():
+            check(await lane.called(), "a call for each request", "a request that nobody called for")
+        lane.forget_calls()
+
+
+@CALL.should(
+    "not-wanted", "A driver that asks for no calls gets none.", RINGS, section="Used Buffer Notification Suppression"
+)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    lane.raw.available_flags = 1
+    lane.forget_calls()
+    await lane.works()
+    check(not await lane.called(within=peer.quiet), "no call", "a call")
+
+
+@CALL.must("replaced", "A new call descriptor counts from then on, while the ring runs.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    await peer.frontend.set_vring_call(lane.index, peer.eventfd())
+    await peer.frontend.get_features()
+    lane.forget_calls()
+    await lane.works()
+    check(not await lane.called(within=peer.quiet), "no call on the old descriptor", "a call")
+    await peer.frontend.set_vring_call(lane.index, lane.ring.call_fd)
+    await peer.frontend.get_features()
+    lane.forget_calls()
+    await lane.works()
+    check(await lane.called(), "a call on the new descriptor", "none")
+
+
+@CALL.must("none", "Without a call descriptor (bit 8) nobody is called, and requests are served.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    await peer.frontend.set_vring_call(lane.index, None)
+    await peer.frontend.get_features()
+    lane.forget_calls()
+    await lane.works()
+    check(not await lane.called(within=peer.quiet), "no call on the descriptor given before", "a call")
+
+
+@CALL.must("full", "A call eventfd that nobody reads and that is full holds nothing up.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    os.eventfd_write(lane.ring.call_fd, 0xFFFF_FFFF_FFFF_FFFE)
+    for _ in range(3):
+        await lane.works()
+    await lane.stop()
+
+
+@CALL.should(
+    "at-start", "A driver is called when its ring starts again: a call may have been lost with the old one.", RINGS
+)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    await lane.stop()
+    lane.forget_calls()
+    await lane.start()
+    lane.kick()
+    check(await lane.called(), "a call", "none")
+
+
+# ---- bases
+
+
+@BASE.must("count", "The base is the number of chains that were taken.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    for _ in range(5):
+        await lane.works()
+    equal("the base", await lane.stop(), 5)
+
+
+@BASE.must("given", "The base of a ring in which nothing was taken is the one that was set.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane(enable=False)
+    await peer.frontend.set_vring_base(lane.index, 7)
+    equal("the base", await lane.stop(), 7)
+
+
+@BASE.must("untouched", "A ring that was never set up has base 0, and a question for it does no harm.")
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    equal("the base", await peer.frontend.get_vring_base(peer.index), 0)
+
+
+@BASE.must("before-negotiation", "GET_VRING_BASE as the first message does no harm.")
+async def _(peer: Peer) -> None:
+    await peer.react(F.GET_VRING_BASE, bytes(8))
+    await peer.serves_another()
+
+
+@BASE.must("twice", "A second GET_VRING_BASE gives the same base.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    await lane.works()
+    equal("the bases", (await lane.stop(), await lane.stop()), (2, 2))
+
+
+@BASE.must("index", "The answer names the ring that was asked for.", RINGS)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    reaction = await peer.react(F.GET_VRING_BASE, peer.index.to_bytes(4, "little") + bytes(4))
+    equal("the index in the answer", int.from_bytes(reaction.body[:4], "little"), peer.index)
+
+
+@BASE.must("goes-on", "A ring that starts from its base goes on where it was, again and again.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    for number in range(1, 6):
+        await lane.works()
+        equal("the base", await lane.stop(), number)
+        await lane.start()
+
+
+@BASE.must("drained", "When the base is told, what was taken has been returned: used index and base are equal.", RINGS)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    for _ in range(20):
+        lane.offer(count=12)
+        lane.kick()
+        await asyncio.sleep(0.0005)
+        equal("the base", await lane.stop(), lane.raw.used_index)
+        await lane.start()
+        lane.kick()
+        await lane.served()
+
+
+@BASE.must(
+    "not-taken-later", "Requests that were not taken before the stop are left alone, and served after a start.", RINGS
+)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    await lane.stop()
+    lane.offer(count=3)
+    await lane.idle()
+    await lane.start()
+    lane.kick()
+    await lane.served()
+
+
+@BASE.must("silent-after-stop", "A suspended device notifies nobody.", RINGS, section="Suspended device state")
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    await lane.stop()
+    lane.forget_calls()
+    lane.offer()
+    check(not await lane.called(within=peer.quiet), "no call", "a call after GET_VRING_BASE")
+
+
+@BASE.must(
+    "answers-after-stop", "A suspended device still answers the front-end.", RINGS, section="Suspended device state"
+)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    await lane.stop()
+    await peer.answers()
+
+
+@BASE.must("wrap", "Indexes go on from 65535 to 0.", RINGS, section=F.SET_VRING_BASE.clause)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    await peer.share()
+    lane = peer.make_lane(size=16)
+    lane.base = lane.raw.available_index = lane.raw.used_index = 65534
+    if peer.index:
+        lane.describe((lane.at, 76, False))
+    else:
+        lane.plain_chain()
+    await lane.start()
+    for expected in (65535, 0, 1):
+        lane.push(0)
+        lane.kick()
+        await lane.used_to(expected)
+    equal("the base", await lane.stop(), 1)
+
+
+@BASE.must(
+    "set", "A ring begins with the chain at its base, not with the first.", RINGS, section=F.SET_VRING_BASE.clause
+)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    await peer.share()
+    lane = peer.make_lane(size=16)
+    if peer.index:
+        lane.describe((lane.at, 76, False))
+    else:
+        lane.plain_chain()
+    lane.push(5, 5, 0)  # 5 is described nowhere
+    lane.base = 2
+    lane.raw.used_index = 2
+    await lane.start()
+    lane.kick()
+    await lane.used_to(3)
+    equal("the used entry", lane.raw.used_entry(2)[0], 0)
+
+
+# ---- where a ring may lie
+
+
+@SETUP.must(
+    "least-alignment", "The parts of a ring need no more alignment than 16, 2 and 4 bytes.", RINGS, section="Virtqueues"
+)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    await peer.share()
+    lane = peer.make_lane(at=RingParts(0x80010, 0x82002, 0x84004))
+    await lane.start()
+    await lane.works()
+
+
+@SETUP.must("at-the-end", "A ring may lie at the very end of memory.", RINGS, section="Virtqueues")
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    memory = await peer.share()
+    used = memory.end - 4 - 8 * 16 - 4
+    lane = peer.make_lane(size=16, at=RingParts(used - 1024 & ~15, used - 512, used))
+    await lane.start()
+    await lane.works()
+
+
+@SETUP.must("apart", "The parts of a ring may lie in different regions.", RINGS, section="Memory access")
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    await peer.share(peer.make_memory((0, 4 << 20), (8 << 20, 1 << 20), (1 << 32, 1 << 20)))
+    lane = peer.make_lane(at=RingParts(0, 8 << 20, 1 << 32))
+    await lane.start()
+    await lane.works()
