@@ -40,7 +40,7 @@ def main(program: str, arguments: Sequence[str]) -> int:
         print(report.listing(cases))
         return 0
     try:
-        outcome = asyncio.run(_run(program, options, cases))
+        outcome = asyncio.run(_run(options, cases))
     except Unreachable as error:
         print(f"{program}: {error}", file=sys.stderr)
         return _UNREACHABLE
@@ -79,6 +79,7 @@ def _add_subject(parser: Parser) -> None:
         help="start the back-end anew for every case; {socket} is its socket, {image} a disk image of 64 MiB,"
         " {directory} a directory, all of them its own",
     )  # fmt: skip
+    parser.add_argument("--keep", action="store_true", help="start it anew only after a case that did not pass")
     parser.add_argument(
         "--device", type=Device, choices=list(Device), default=Device.BLK, metavar="blk|net|generic",
         help="what the back-end is, default blk; generic: only what needs no requests",
@@ -128,11 +129,20 @@ def _waivers(parser: Parser, path: Path | None) -> Waivers:
 # ---- the run
 
 
-async def _run(program: str, options: argparse.Namespace, cases: list[Case[Peer]]) -> Report:
+async def _run(options: argparse.Namespace, cases: list[Case[Peer]]) -> Report:
     bench = BackendBench(
-        Settings(options.socket_path, options.start or "", options.device, options.timeout, options.quiet_time)
+        Settings(
+            options.socket_path, options.start or "", options.keep, options.device, options.timeout, options.quiet_time
+        )
     )
     await bench.look()
+    try:
+        return await _judge(options, bench, cases)
+    finally:
+        await bench.close()
+
+
+async def _judge(options: argparse.Namespace, bench: BackendBench, cases: list[Case[Peer]]) -> Report:
     jobs = options.jobs or (2 if options.start else 1)
     progress = _Progress(options, len(cases))
     found: dict[str, Result[Peer]] = {}

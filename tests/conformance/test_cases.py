@@ -23,3 +23,9 @@ def test_a_case_is_complete(case: Case[Peer]) -> None:
     assert case.rule[0].isupper() or case.rule[0].isdigit()
     assert case.rule.endswith((".", "?"))
     assert len(case.rule) < 120
+
+
+def test_there_are_enough_of_them_and_not_too_many_that_nobody_wrote() -> None:
+    generated = [case for case in CASES if case.id.startswith("message.")]
+    assert len(generated) <= 120
+    assert len(CASES) - len(generated) >= 250

@@ -7,14 +7,13 @@ What belongs here: which needs are met, a case's surroundings from beginning to 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from vhostuser.conformance.peer import Peer
-from vhostuser.conformance.subject import Subject, command_of
+from vhostuser.conformance.subject import Subject
 from vhostuser.conformance.suite import Unreachable
 from vhostuser.frontend import Frontend
 from vhostuser.protocol import ProtocolFeature, VhostUserError, VirtioFeature
@@ -39,7 +38,6 @@ class Need(Enum):
     WRITABLE = "a block device that may be written to"
     TWO_RINGS = "a device with two rings or more"
     PROCESS = "a back-end that this suite may kill (--start)"
-    SAME_MACHINE = "the right to look into the back-end's /proc"
     USERFAULTFD = "a userfaultfd that handles kernel faults (root, or access to /dev/userfaultfd)"
 
 
@@ -47,12 +45,13 @@ class Need(Enum):
 class Settings:
     """Where the back-end is and how long to wait, in seconds.
 
-    command: a template for ``command_of``; empty: it listens on ``path`` already. patience: for an answer. quiet: how
-    long to look on where nothing may happen.
+    command: a template for ``command_of``; empty: it listens on ``path`` already. keep: go on with the same process
+    after a case that passed. patience: for an answer. quiet: how long to look on where nothing may happen.
     """
 
     path: Path | None
     command: str = ""
+    keep: bool = False
     device: Device = Device.BLK
     patience: float = 3.0
     quiet: float = 0.05
@@ -73,21 +72,32 @@ class Survey:
 
 
 class BackendBench:
-    """A ``suite.Bench`` for one back-end. Call ``survey`` first."""
+    """A ``suite.Bench`` for one back-end. Call ``look`` first, and ``close`` at the end."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.survey = Survey()
+        self._kept: list[Subject] = []
 
     async def look(self) -> Survey:
         """Asks the back-end what it offers. Raises Unreachable also for one that cannot say that much."""
-        async with self._subject() as subject:
-            try:
-                async with await subject.connect() as frontend:
-                    self.survey = await _look(frontend)
-            except (VhostUserError, ConnectionError) as error:
-                raise Unreachable(f"the back-end does not say what it offers: {error}") from None
+        subject = self._subject()
+        try:
+            async with await subject.connect() as frontend:
+                self.survey = await _look(frontend)
+        except (VhostUserError, ConnectionError) as error:
+            raise Unreachable(f"the back-end does not say what it offers: {error}") from None
+        finally:
+            await subject.close()
         return self.survey
+
+    def _subject(self) -> Subject:
+        return Subject(self.settings.path, self.settings.command, patience=self.settings.patience)
+
+    async def close(self) -> None:
+        """Ends the processes that were kept."""
+        while self._kept:
+            await self._kept.pop().close()
 
     def lacks(self, needs: Sequence[Enum]) -> str:
         for need in needs:
@@ -108,39 +118,31 @@ class BackendBench:
                 return device is Device.BLK and not features >> _BLK_RO & 1
             case Need.TWO_RINGS:
                 return self.survey.queues > 1
-            case Need.PROCESS | Need.SAME_MACHINE:
+            case Need.PROCESS:
                 return bool(self.settings.command)
             case Need.USERFAULTFD:
                 return _userfaultfd()
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Peer]:
-        """A peer on a connection of its own, with ``--start`` to a process of its own."""
+        """A peer on a connection of its own, to a process of its own if we start it and do not keep it."""
         settings = self.settings
-        async with self._subject() as subject:
-            peer = Peer(
-                await subject.connect(), subject, settings.patience, settings.quiet, net=settings.device is Device.NET
-            )
+        subject = self._kept.pop() if self._kept else self._subject()
+        try:
+            net = settings.device is Device.NET
+            peer = Peer(await subject.connect(), subject, settings.patience, settings.quiet, net=net)
             try:
                 yield peer
             finally:
                 peer.close()
             await subject.survived(settings.quiet)
-
-    @contextlib.asynccontextmanager
-    async def _subject(self) -> AsyncIterator[Subject]:
-        with tempfile.TemporaryDirectory(prefix="conform-") as name:
-            directory = Path(name)
-            path: Path | None = self.settings.path
-            command: Sequence[str] = ()
-            if self.settings.command:
-                path, command = command_of(self.settings.command, directory)
-            assert path is not None
-            subject = Subject(path, command, patience=self.settings.patience, directory=directory)
-            try:
-                yield subject
-            finally:
-                await subject.close()
+        except BaseException:
+            await subject.close()
+            raise
+        if settings.keep and subject.lives:
+            self._kept.append(subject)
+        else:
+            await subject.close()
 
 
 async def _look(frontend: Frontend) -> Survey:

@@ -7,8 +7,8 @@ the back-end about the ring beyond start and stop (``peer``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import select
 from typing import NamedTuple
 
 from vhostuser.conformance.suite import Violation, check, equal
@@ -134,6 +134,12 @@ class Lane:
                 raise Violation(f"a used index of {index}", f"{seen} after {self.patience:g} s")
             await asyncio.sleep(_LOOK)
 
+    async def stays_at(self, index: int) -> None:
+        """Sees that the used index stays at ``index``."""
+        await self.frontend.get_features()
+        await asyncio.sleep(self.quiet)
+        equal("the used index", self.raw.used_index, index)
+
     # ---- what comes back
 
     def _collect(self) -> list[BlkAnswer]:
@@ -193,9 +199,14 @@ class Lane:
             return False
         return True
 
-    def forget_calls(self) -> None:
-        """Takes the call eventfd's counter."""
-        if select.select([self.ring.call_fd], [], [], 0)[0]:
+    async def calm(self) -> None:
+        """Waits for calls that are still on their way, and takes the call eventfd's counter."""
+        await self.frontend.get_features()
+        await asyncio.sleep(self.quiet)
+        self._take_calls()
+
+    def _take_calls(self) -> None:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.ring.call_fd)
 
     async def reported(self) -> bool:

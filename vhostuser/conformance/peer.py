@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+from vhostuser.channel import readable
 from vhostuser.conformance.lane import AREA, Lane
 from vhostuser.conformance.subject import Subject
 from vhostuser.conformance.suite import Skipped, Violation, check
@@ -91,6 +92,10 @@ class Peer:
         self._owned.callback(self.frontend.close)
         return self.frontend
 
+    def own(self, close: Callable[[], object]) -> None:
+        """Has this called with the end of the case."""
+        self._owned.callback(close)
+
     # ---- openings
 
     async def negotiate(self, *features: VirtioFeature, without: Collection[ProtocolFeature] = ()) -> Frontend:
@@ -117,6 +122,10 @@ class Peer:
         self._memory = memory or self.make_memory()
         await self.frontend.set_memory(self._memory, by_slots=by_slots)
         return self._memory
+
+    def adopt(self, memory: SharedMemory) -> None:
+        """Takes this memory for the one that was shared: a case tells the back-end of it by itself."""
+        self._memory = memory
 
     def make_log(self) -> SharedLog:
         """A dirty log for the memory that was shared."""
@@ -224,10 +233,19 @@ class Peer:
         self._fds.add(fd)
         return fd
 
+    def drop(self, fd: int) -> None:
+        """Closes one of our descriptors before the end of the case."""
+        self._fds.discard(fd)
+        os.close(fd)
+
+    async def read(self, fd: int) -> bytes:
+        """What comes next from a descriptor, whose other end has the patience's time; nothing at its end."""
+        await asyncio.wait_for(readable(fd), self.patience)
+        return os.read(fd, 65536)
+
     async def let_go(self, read: int, write: int) -> bool:
         """Closes our write end of a pipe of which the back-end was sent another; does it close its own too?"""
-        self._fds.remove(write)
-        os.close(write)
+        self.drop(write)
         poll = select.poll()
         poll.register(read, 0)
         deadline = asyncio.get_running_loop().time() + self.patience

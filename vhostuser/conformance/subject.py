@@ -13,6 +13,7 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,28 +26,29 @@ _UCRED = struct.Struct("3i")
 
 
 class Subject:
-    """A back-end that listens on ``path``. With ``command`` it is a process of ours, made by the first ``connect``.
+    """A back-end that listens on ``path``, or a process of ours, made of ``template`` by the first ``connect``.
 
-    patience: seconds to wait for it to listen, and for each of its answers. directory: where its output is kept.
+    template: see ``command_of``. patience: seconds to wait for it to listen, and for each of its answers. Owns the
+    process and a directory for it.
     """
 
-    def __init__(self, path: Path, command: Sequence[str] = (), *, patience: float, directory: Path) -> None:
+    def __init__(self, path: Path | None, template: str = "", *, patience: float) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="conform-")
+        directory = Path(self._directory.name)
+        self._command: Sequence[str] = ()
+        if template:
+            path, self._command = command_of(template, directory)
+        assert path is not None
         self._path = path
-        self._command = command
         self._patience = patience
         self._output = directory / "output"
         self._process: asyncio.subprocess.Process | None = None
         self.pid: int | None = None
         """Of the process at the other end of the last connection, where the kernel tells."""
 
-    @property
-    def ours(self) -> bool:
-        """May it be killed?"""
-        return bool(self._command)
-
     async def connect(self) -> Frontend:
         """A new connection; starts the process if it does not run. Raises Unreachable."""
-        if self.ours and (self._process is None or self._process.returncode is not None):
+        if self._command and not self.lives:
             await self._start()
         sock = await self._connected()
         with contextlib.suppress(OSError):
@@ -99,14 +101,15 @@ class Subject:
                 await self._process.wait()
         return self._process.returncode
 
-    async def terminate(self) -> None:
-        """Asks our process to end (SIGTERM)."""
-        if self._process is not None and self._process.returncode is None:
-            self._process.terminate()
+    @property
+    def lives(self) -> bool:
+        """Is there a process of ours that has not ended?"""
+        return self._process is not None and self._process.returncode is None
 
     async def close(self) -> None:
-        """Ends our process."""
+        """Ends our process and removes its directory."""
         await self.kill()
+        self._directory.cleanup()
 
     async def survived(self, quiet: float) -> None:
         """Raises Violation if our process was killed by a signal of its own making, now or within ``quiet`` seconds."""

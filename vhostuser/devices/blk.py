@@ -215,6 +215,7 @@ class Blk(Device):
         """Writes everything to the medium, then gives the lock back. Errors are logged: nobody is left to be told."""
         opened, engine = self._opened, self._engine
         self._opened = self._engine = None
+        self._negotiated = self.features  # the next driver has not chosen yet, and may be another front-end's
         if engine is not None:
             self._before.update(engine.stats())
         if opened is None:

@@ -316,10 +316,10 @@ async def _(peer: Peer) -> None:
     await lane.works()
 
 
-@SLOTS.must("many", "As many regions as GET_MAX_MEM_SLOTS says can be added, up to 64 of them tried.", RINGS, SLOT)
+@SLOTS.must("many", "As many regions as GET_MAX_MEM_SLOTS says can be added, up to 512 of them tried.", RINGS, SLOT)
 async def _(peer: Peer) -> None:
     await peer.negotiate()
-    slots = min(await peer.frontend.get_max_mem_slots(), 64)
+    slots = min(await peer.frontend.get_max_mem_slots(), 512)
     pieces = [(64 * MIB + number * MIB, 4096) for number in range(slots - 1)]
     lane = await _lane_in(peer, peer.make_memory((0, 4 * MIB), *pieces), by_slots=True)
     await lane.works()

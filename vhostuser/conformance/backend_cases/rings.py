@@ -270,7 +270,7 @@ async def _(peer: Peer) -> None:
 @CALL.must("called", "The driver is called when a request was returned.", RINGS)
 async def _(peer: Peer) -> None:
     lane = await peer.lane()
-    lane.forget_calls()
+    await lane.calm()
     await lane.works()
     check(await lane.called(), "a call", "none")
 
@@ -283,7 +283,6 @@ async def _(peer: Peer) -> None:
         lane.kick()
         while not lane.returned():
             check(await lane.called(), "a call for each request", "a request that nobody called for")
-        lane.forget_calls()
 
 
 @CALL.should(
@@ -293,7 +292,7 @@ async def _(peer: Peer) -> None:
     lane = await peer.lane()
     await lane.works()
     lane.raw.available_flags = 1
-    lane.forget_calls()
+    await lane.calm()
     await lane.works()
     check(not await lane.called(within=peer.quiet), "no call", "a call")
 
@@ -303,13 +302,11 @@ async def _(peer: Peer) -> None:
     lane = await peer.lane()
     await lane.works()
     await peer.frontend.set_vring_call(lane.index, peer.eventfd())
-    await peer.frontend.get_features()
-    lane.forget_calls()
+    await lane.calm()
     await lane.works()
     check(not await lane.called(within=peer.quiet), "no call on the old descriptor", "a call")
     await peer.frontend.set_vring_call(lane.index, lane.ring.call_fd)
-    await peer.frontend.get_features()
-    lane.forget_calls()
+    await lane.calm()
     await lane.works()
     check(await lane.called(), "a call on the new descriptor", "none")
 
@@ -319,8 +316,7 @@ async def _(peer: Peer) -> None:
     lane = await peer.lane()
     await lane.works()
     await peer.frontend.set_vring_call(lane.index, None)
-    await peer.frontend.get_features()
-    lane.forget_calls()
+    await lane.calm()
     await lane.works()
     check(not await lane.called(within=peer.quiet), "no call on the descriptor given before", "a call")
 
@@ -341,7 +337,7 @@ async def _(peer: Peer) -> None:
     lane = await peer.lane()
     await lane.works()
     await lane.stop()
-    lane.forget_calls()
+    await lane.calm()
     await lane.start()
     lane.kick()
     check(await lane.called(), "a call", "none")
@@ -433,7 +429,7 @@ async def _(peer: Peer) -> None:
     lane = await peer.lane()
     await lane.works()
     await lane.stop()
-    lane.forget_calls()
+    await lane.calm()
     lane.offer()
     check(not await lane.called(within=peer.quiet), "no call", "a call after GET_VRING_BASE")
 

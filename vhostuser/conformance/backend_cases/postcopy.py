@@ -1,0 +1,422 @@
+"""Postcopy, with pages that are really missing: bases, faults, waking, END, and loss. Sections VHOST_USER_POSTCOPY_*.
+
+What belongs here: what one back-end must do, step by step. What does not: load and time (``vhostuser postcopy``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+import os
+from pathlib import Path
+
+from vhostuser.conformance.bench import Need
+from vhostuser.conformance.lane import Lane
+from vhostuser.conformance.peer import MIB, Peer
+from vhostuser.conformance.suite import Skipped, Theme, Violation, check, equal
+from vhostuser.drivers.blk import BlkRequest
+from vhostuser.faultserver import FaultServer
+from vhostuser.frontend import PostcopyClient, SharedMemory
+from vhostuser.pagesource import FilePiece, MappedFile
+from vhostuser.protocol import (
+    NEED_REPLY,
+    VERSION,
+    FrontendRequest,
+    PostcopyAck,
+    ProtocolFeature,
+)
+from vhostuser.uffd import Userfaultfd
+
+F, P = FrontendRequest, ProtocolFeature
+CASES: Theme[Peer] = Theme("postcopy", "Migration")
+PAGEFAULT, SLOTS, UFFD, DISK = P.PAGEFAULT, P.CONFIGURE_MEM_SLOTS, Need.USERFAULTFD, Need.BLK
+ADVISE, LISTEN, END = F.POSTCOPY_ADVISE.clause, F.POSTCOPY_LISTEN.clause, F.POSTCOPY_END.clause
+TABLE, ADD = F.SET_MEM_TABLE.clause, F.ADD_MEM_REG.clause
+PAGE = mmap.PAGESIZE
+PATTERN = bytes(range(1, 129)) * (PAGE // 128)
+
+
+class Migration:
+    """A destination: memory full of holes, its fault server, and the back-end's part in it."""
+
+    def __init__(self, peer: Peer, client: PostcopyClient, memory: SharedMemory, server: FaultServer) -> None:
+        self.peer = peer
+        self.client = client
+        self.memory = memory
+        self.server = server
+
+    async def lane(self, requests: int | None = None) -> Lane:
+        """A ring that runs in this memory; the front-end knows the bases. requests: their guest address."""
+        self.server.add_client("it", self.client.uffd, self.client.regions)
+        await self.client.acknowledge()
+        lane = self.peer.make_lane(requests=requests)
+        await lane.start()
+        return lane
+
+    def withhold_data(self, lane: Lane) -> int:
+        """Lets the page of the first request's data come only on demand, and not then; its guest address."""
+        guest = lane.buffers(slot=0).data
+        self.server.withhold(guest, PAGE)
+        return guest
+
+    async def fault_waits(self) -> None:
+        """Until the back-end waits for a page."""
+        deadline = asyncio.get_running_loop().time() + self.peer.patience
+        while not self.server.clients[0].stats().faults:
+            if asyncio.get_running_loop().time() > deadline:
+                raise Violation("a fault reported by the userfaultfd", "none, while a page that is needed is missing")
+            await asyncio.sleep(0.002)
+
+    def present(self, guest: int) -> bool:
+        """Is this page of the memory's file there? Asking touches nothing."""
+        try:
+            return os.lseek(self.memory.fds[0], guest, os.SEEK_DATA) == guest
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return False
+            raise
+
+
+async def _advised(peer: Peer, *features: ProtocolFeature) -> PostcopyClient:
+    await peer.negotiate()
+    client = await PostcopyClient.advise(peer.frontend)
+    peer.own(client.close)
+    return client
+
+
+async def _migrate(
+    peer: Peer, *regions: tuple[int, int], by_slots: bool | None = None, hugetlb: bool = False
+) -> Migration:
+    """Up to the bases, which the front-end has not acknowledged; by default of one region of 8 MiB."""
+    client = await _advised(peer)
+    await client.listen()
+    memory = peer.make_memory(*regions, hugetlb=hugetlb)
+    peer.adopt(memory)
+    source = MappedFile(*[_image(peer, region.region.guest, region.region.size) for region in memory.regions])
+    peer.own(source.close)
+    server = FaultServer(memory, source)
+    peer.own(server.close)
+    await client.share(memory, by_slots=by_slots)
+    return Migration(peer, client, memory, server)
+
+
+def _image(peer: Peer, guest: int, size: int) -> FilePiece:
+    """Zeros, in a file of which every page is there."""
+    image = os.memfd_create("image", os.MFD_CLOEXEC)
+    os.truncate(image, size)
+    peer.own(lambda: os.close(image))
+    return FilePiece(guest, size, image)
+
+
+# ---- ADVISE
+
+
+@CASES.must("advise", "POSTCOPY_ADVISE is answered with no payload and one descriptor.", PAGEFAULT, section=ADVISE)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    reaction = await peer.react(F.POSTCOPY_ADVISE, flags=VERSION)
+    equal("bytes and descriptors of the reply", (len(reaction.body), reaction.fds), (0, 1))
+
+
+@CASES.must("advise-userfaultfd", "The descriptor is a userfaultfd.", PAGEFAULT, section=ADVISE)
+async def _(peer: Peer) -> None:
+    client = await _advised(peer)
+    equal("the descriptor", _kind_of(client.uffd), "anon_inode:[userfaultfd]")
+
+
+def _kind_of(fd: int) -> str:
+    return str(Path(f"/proc/self/fd/{fd}").readlink())
+
+
+@CASES.must("advise-again", "POSTCOPY_ADVISE may come again, as once for each queue pair.", PAGEFAULT, section=ADVISE)
+async def _(peer: Peer) -> None:
+    await _advised(peer)
+    for _ in range(2):
+        again = await PostcopyClient.advise(peer.frontend)
+        again.close()
+    await peer.answers()
+
+
+@CASES.must(
+    "advise-only", "A migration that ends in precopy after ADVISE leaves everything as it was.", PAGEFAULT, DISK
+)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    await lane.works()
+    client = await PostcopyClient.advise(peer.frontend)
+    client.close()
+    await lane.works()
+    await peer.share(peer.memory)
+    await lane.works()
+
+
+@CASES.must("advise-leak", "The userfaultfd is closed with the connection.", PAGEFAULT, section=ADVISE)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    before = peer.open_fds()
+    for _ in range(10):
+        (await PostcopyClient.advise(peer.frontend)).close()
+        await peer.again()
+        await peer.negotiate()
+    check(peer.open_fds() <= before + 1, f"{before} descriptors", f"{peer.open_fds()} after ten connections")
+
+
+# ---- LISTEN
+
+
+@CASES.must("listen", "POSTCOPY_LISTEN is acknowledged.", PAGEFAULT, P.REPLY_ACK, section=LISTEN)
+async def _(peer: Peer) -> None:
+    await _advised(peer)
+    await peer.accepts(F.POSTCOPY_LISTEN)
+
+
+@CASES.should(
+    "listen-always", "POSTCOPY_LISTEN is acknowledged without REPLY_ACK too: QEMU waits.", PAGEFAULT, section=LISTEN
+)
+async def _(peer: Peer) -> None:
+    await peer.negotiate(without={P.REPLY_ACK})
+    client = await PostcopyClient.advise(peer.frontend)
+    client.close()
+    await peer.accepts(F.POSTCOPY_LISTEN, flags=VERSION | NEED_REPLY)
+
+
+@CASES.must(
+    "listen-again",
+    "POSTCOPY_LISTEN may come again, as once for each queue pair.",
+    PAGEFAULT,
+    P.REPLY_ACK,
+    section=LISTEN,
+)
+async def _(peer: Peer) -> None:
+    await _advised(peer)
+    for _ in range(2):
+        await peer.accepts(F.POSTCOPY_LISTEN)
+
+
+@CASES.must("listen-unadvised", "POSTCOPY_LISTEN without ADVISE is not done.", PAGEFAULT, P.REPLY_ACK, section=LISTEN)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    await peer.refuses(F.POSTCOPY_LISTEN)
+
+
+@CASES.should(
+    "listen-mapped",
+    "POSTCOPY_LISTEN is refused when there are regions: their pages were touched.",
+    PAGEFAULT,
+    section=LISTEN,
+)
+async def _(peer: Peer) -> None:
+    await peer.negotiate()
+    await peer.share()
+    client = await PostcopyClient.advise(peer.frontend)
+    client.close()
+    await peer.refuses(F.POSTCOPY_LISTEN)
+
+
+# ---- bases
+
+
+@CASES.must(
+    "table",
+    "SET_MEM_TABLE is answered with the same regions, and addresses in place of ours.",
+    PAGEFAULT,
+    UFFD,
+    section=TABLE,
+)
+async def _(peer: Peer) -> None:
+    await _migrate(peer, by_slots=False)
+
+
+@CASES.must(
+    "slots",
+    "ADD_MEM_REG is answered with its region, and an address in place of ours.",
+    PAGEFAULT,
+    SLOTS,
+    UFFD,
+    section=ADD,
+)
+async def _(peer: Peer) -> None:
+    await _migrate(peer, by_slots=True)
+
+
+@CASES.must(
+    "table-order", "The regions come back in their order, with size and offset as they were.", PAGEFAULT, section=TABLE
+)
+async def _(peer: Peer) -> None:
+    client = await _advised(peer)
+    await client.listen()
+    memory = peer.make_memory((0, 1 << 20), (1 << 32, 1 << 21))
+    memory.add(8 << 20, 1 << 20, offset=1 << 20)
+    back = [(region.guest, region.size, region.offset) for region in await peer.frontend.set_mem_table(memory)]
+    sent = [(region.guest, region.size, region.offset) for region in memory.table().regions]
+    equal("guest address, size and offset of each", back, sent)
+
+
+def _acknowledged(name: str, rule: str, *, by_slots: bool, empty: bool) -> None:
+    @CASES.must(name, rule, PAGEFAULT, UFFD, DISK, *((SLOTS,) if by_slots else ()), section=TABLE)
+    async def _(peer: Peer) -> None:
+        migration = await _migrate(peer, by_slots=by_slots)
+        migration.server.add_client("it", migration.client.uffd, migration.client.regions)
+        await peer.send(F.ADD_MEM_REG if by_slots else F.SET_MEM_TABLE, PostcopyAck(empty))
+        lane = peer.make_lane()
+        await lane.start()
+        await lane.works()
+
+
+_acknowledged("ack-empty", "The bases are acknowledged by an empty message.", by_slots=False, empty=True)
+_acknowledged("ack-u64", "The bases are acknowledged by a u64 of 0, as QEMU does.", by_slots=False, empty=False)
+_acknowledged("ack-slots", "One acknowledgement does for regions that came one by one.", by_slots=True, empty=False)
+
+
+@CASES.must(
+    "no-touch", "Before the acknowledgement nothing is touched, and no fault comes.", PAGEFAULT, UFFD, section=TABLE
+)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    await peer.frontend.get_features()
+    await asyncio.sleep(peer.quiet)
+    faults = Userfaultfd(os.dup(migration.client.uffd))
+    with faults:
+        check(not faults.read(), "no fault", "a fault before the acknowledgement")
+    check(not migration.present(0), "memory without a page", "a page was touched without a fault")
+
+
+# ---- faults
+
+
+@CASES.must("fault", "A missing page is waited for, and reported at the address that was told.", PAGEFAULT, UFFD, DISK)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    lane = await migration.lane()
+    guest = migration.withhold_data(lane)
+    lane.offer(BlkRequest.read(0, 8))
+    lane.kick()
+    await migration.fault_waits()
+    equal("faults at other addresses", migration.server.clients[0].stats().stray, 0)
+    migration.server.release(guest, PAGE)
+    await lane.served()
+
+
+@CASES.must("no-hole-filled", "No page comes into being by a touch that was not reported.", PAGEFAULT, UFFD, DISK)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    lane = await migration.lane()
+    for _ in range(8):
+        await lane.works()
+    migration.server.prefetch()
+    await asyncio.to_thread(migration.server.wait, peer.patience)
+    equal("pages that were there before they were placed", migration.server.stats().present, 0)
+
+
+@CASES.must("control", "While a page is waited for the front-end is answered.", PAGEFAULT, UFFD, DISK)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    lane = await migration.lane()
+    guest = migration.withhold_data(lane)
+    lane.offer(BlkRequest.read(0, 8))
+    lane.kick()
+    await migration.fault_waits()
+    try:
+        await peer.answers()
+    finally:
+        migration.server.release(guest, PAGE)
+    await lane.served()
+
+
+@CASES.must("data", "What was in a page is what the device finds there.", PAGEFAULT, UFFD, DISK, Need.WRITABLE)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    lane = await migration.lane()
+    await lane.works(BlkRequest.write(0, PATTERN))
+    (answer,) = await lane.works(BlkRequest.read(0, PAGE // 512))
+    check(answer.data == PATTERN, "the bytes that were written", "others")
+
+
+@CASES.must("two-regions", "Faults are told apart by region.", PAGEFAULT, UFFD, DISK)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer, (0, 4 * MIB), (1 << 32, 4 * MIB))
+    lane = await migration.lane(requests=1 << 32)
+    guest = migration.withhold_data(lane)
+    lane.offer(BlkRequest.read(0, 8))
+    lane.kick()
+    await migration.fault_waits()
+    equal("faults at addresses of no region", migration.server.clients[0].stats().stray, 0)
+    migration.server.release(guest, PAGE)
+    await lane.served()
+
+
+@CASES.must("hugetlb", "Pages of hugetlbfs are waited for like any others.", PAGEFAULT, UFFD, DISK)
+async def _(peer: Peer) -> None:
+    try:
+        migration = await _migrate(peer, (0, 8 * MIB), hugetlb=True)
+    except OSError as error:
+        raise Skipped(f"this machine has no huge pages to spare: {error.strerror}") from None
+    lane = await migration.lane()
+    await lane.works()
+    check(migration.server.clients[0].stats().faults > 0, "faults", "none")
+
+
+# ---- END
+
+
+@CASES.must("end", "POSTCOPY_END is answered with 0, and the device goes on.", PAGEFAULT, UFFD, DISK, section=END)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    lane = await migration.lane()
+    await lane.works()
+    migration.server.prefetch()
+    await asyncio.to_thread(migration.server.wait, peer.patience)
+    await migration.client.end()
+    await lane.works()
+
+
+@CASES.must("end-again", "POSTCOPY_END may come again, as once for each queue pair.", PAGEFAULT, section=END)
+async def _(peer: Peer) -> None:
+    client = await _advised(peer)
+    await client.listen()
+    for _ in range(2):
+        await peer.accepts(F.POSTCOPY_END, flags=VERSION)
+
+
+@CASES.must("second", "After END another migration can begin.", PAGEFAULT, section=ADVISE)
+async def _(peer: Peer) -> None:
+    client = await _advised(peer)
+    await client.listen()
+    await client.end()
+    await (await _advised_again(peer)).listen()
+
+
+async def _advised_again(peer: Peer) -> PostcopyClient:
+    client = await PostcopyClient.advise(peer.frontend)
+    peer.own(client.close)
+    return client
+
+
+# ---- loss
+
+
+@CASES.must("loss", "When the front-end is lost no missing page is filled with zeros.", PAGEFAULT, UFFD, DISK)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    lane = await migration.lane()
+    guest = migration.withhold_data(lane)
+    lane.offer(BlkRequest.read(0, 8))
+    lane.kick()
+    await migration.fault_waits()
+    peer.frontend.close()
+    await asyncio.sleep(4 * peer.quiet)
+    check(not migration.present(guest), "the hole left alone", "a page of zeros in the guest's memory")
+
+
+@CASES.must("loss-then-next", "After a loss in postcopy the next front-end is served.", PAGEFAULT, UFFD, DISK)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    lane = await migration.lane()
+    guest = migration.withhold_data(lane)
+    lane.offer(BlkRequest.read(0, 8))
+    lane.kick()
+    await migration.fault_waits()
+    await peer.again()
+    await peer.answers()
+    migration.server.release(guest, PAGE)
