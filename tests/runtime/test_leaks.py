@@ -4,22 +4,16 @@ import asyncio
 import gc
 import os
 import threading
-from pathlib import Path
 
 from tests.runtime.echo import Echo, answer, ask
 from vhostuser.dataplane import new_event_loop
 from vhostuser.device import Device
 from vhostuser.protocol import FrontendRequest, Inflight
-from vhostuser.testing.leaks import open_fds
+from vhostuser.testing.leaks import open_fds, shared_mappings
 from vhostuser.testing.pair import connect
 from vhostuser.uffd import NotPermitted, Userfaultfd
 
 ROUNDS = 500  # on each of the two event loops
-
-
-def guest_mappings() -> int:
-    """Mappings of memfds in this process."""
-    return Path("/proc/self/maps").read_text().count("/memfd:")
 
 
 async def one_round(device: Device) -> None:
@@ -46,10 +40,10 @@ async def test_five_hundred_rounds_on_each_loop_leave_no_descriptor_no_mapping_a
     await one_round(device)
     gc.collect()  # what earlier tests have left
     # Not the kernel's count of threads: one that was joined may take a moment more to end there.
-    before = (len(open_fds()), guest_mappings(), threading.active_count())
+    before = (len(open_fds()), shared_mappings().total(), threading.active_count())
     for _ in range(ROUNDS):
         await one_round(device)
-    assert (len(open_fds()), guest_mappings(), threading.active_count()) == before
+    assert (len(open_fds()), shared_mappings().total(), threading.active_count()) == before
 
 
 async def test_half_configured_connections_leave_nothing() -> None:
@@ -57,7 +51,7 @@ async def test_half_configured_connections_leave_nothing() -> None:
     device = Echo()
     await one_round(device)
     gc.collect()
-    before = (len(open_fds()), guest_mappings())
+    before = (len(open_fds()), shared_mappings().total())
     table = bytes.fromhex("05000000 01000000 28000000 01000000 00000000")
     for cut in range(1, len(table)):
         pair = connect(device)
@@ -66,4 +60,4 @@ async def test_half_configured_connections_leave_nothing() -> None:
         os.close(fd)
         await asyncio.sleep(0)
         await pair.close()
-    assert (len(open_fds()), guest_mappings()) == before
+    assert (len(open_fds()), shared_mappings().total()) == before
