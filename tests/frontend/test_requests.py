@@ -1,9 +1,12 @@
 """Answers belong to their requests whatever becomes of who asked, and nothing is waited for longer than was said."""
 
 import asyncio
+import itertools
 import os
+import random
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +16,7 @@ from vhostuser.protocol import (
     Empty,
     Header,
     LocalProtocolError,
+    Outgoing,
     ProtocolFeature,
     RemoteProtocolError,
     VirtioFeature,
@@ -141,6 +145,41 @@ async def test_requests_of_several_tasks_get_their_own_answers(frontend: Fronten
     for number in range(10):
         await peer.follow(FEATURES, Answer(U64(number)))
     assert await asyncio.gather(*asking) == list(range(10))
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_no_order_of_cancellations_pairs_an_answer_wrongly(
+    frontend: Frontend, peer: ScriptedPeer, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The answer to the n-th message on the wire is n; whoever is answered must have sent that very message."""
+    dice, sent = random.Random(seed), dict[asyncio.Task[int], int]()
+    make = frontend.session.request
+
+    def numbered(code: F, *rest: Any) -> Outgoing:
+        task = asyncio.current_task()
+        assert task is not None
+        sent[task] = len(sent)
+        return make(code, *rest)
+
+    async def turns(most: int) -> None:
+        for _ in range(dice.randint(0, most)):
+            await asyncio.sleep(0)
+
+    async def answers() -> None:
+        for number in itertools.count():
+            await peer.follow(FEATURES)
+            await turns(4)
+            await peer.follow(Answer(U64(number)))
+
+    monkeypatch.setattr(frontend.session, "request", numbered)
+    answering = asyncio.ensure_future(answers())
+    asking = [asyncio.ensure_future(frontend.get_features()) for _ in range(60)]
+    for task in dice.sample(asking, 30):
+        await turns(6)
+        task.cancel()
+    await asyncio.wait(asking)
+    assert {task.result() - sent[task] for task in asking if not task.cancelled()} == {0}
+    answering.cancel()
 
 
 WRONG = {
