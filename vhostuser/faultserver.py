@@ -43,7 +43,7 @@ from vhostuser.placement import (
     check_support,
 )
 from vhostuser.threads import spawn
-from vhostuser.uffd import Mode, Userfaultfd
+from vhostuser.uffd import Feature, Mode, Userfaultfd
 
 __all__ = [
     "Client",
@@ -131,11 +131,12 @@ class FaultServer:
         self._bringing: list[threading.Thread] = []
         self._closed = False
         self._ending = False  # the source is being ended on purpose
-        check_support(Userfaultfd.probe(device_fd), self._regions, self._fds, placement, deadline)
+        features = Userfaultfd.probe(device_fd)
+        check_support(features, self._regions, self._fds, placement, deadline)
         self._uffd = Userfaultfd.open(device_fd)
         self._control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._feed = NativeFeed(self._background)
+        self._feed = NativeFeed(self._background, may_poison=Feature.POISON in features)
         try:
             self._make(int((deadline or 0) * 1e9), batch, events)
         except BaseException:
@@ -204,7 +205,8 @@ class FaultServer:
             self._bring(self.source)
 
     def _serve(self) -> None:
-        lib.vu_faults_serve(self._native)
+        if lib.vu_faults_serve(self._native) < 0:
+            self._lose(OSError(ffi.errno, os.strerror(ffi.errno)))
 
     # ---- clients
 
@@ -299,6 +301,14 @@ class FaultServer:
         self._check_range(guest, length)
         lib.vu_faults_withhold(self._native, guest, length, 0)
         self.place(guest, length)
+
+    def poison(self, guest: int, length: int) -> int:
+        """Gives up those pages of the range that are missing: whoever waits for one, or touches it later, gets SIGBUS,
+        and bytes that come for it later are dropped. Returns how many. Raises Unsupported, ValueError."""
+        self._check_range(guest, length)
+        if not self._feed.may_poison:
+            raise Unsupported("this kernel has no UFFDIO_POISON, which came with Linux 6.6: missing pages stay missing")
+        return int(lib.vu_faults_lose(self._native, guest, length))
 
     def _fill(self) -> None:
         """The thread that brings the background of a mapped source."""
@@ -400,7 +410,7 @@ class FaultServer:
         waiting.register(self._notice, select.POLLIN)
         while not self.complete:
             left = None if end is None else max(end - time.monotonic(), 0) * 1000
-            if (self.paused and not self._feed.paused) or self.lost or not waiting.poll(left):
+            if self.lost or self.stats().error or not waiting.poll(left):
                 return self.complete
             self.noticed()
         return True
@@ -412,12 +422,10 @@ class FaultServer:
 
     def _drained(self) -> bool:
         run = ffi.new("struct vu_fault_range *")
-        return (
-            not any(
-                lib.vu_faults_missing(self._native, guest, length, 1, run) for guest, length in self._background.ever
-            )
-            and not self._feed.busy
+        done = self._background.forget(
+            lambda guest, length: not lib.vu_faults_missing(self._native, guest, length, 1, run)
         )
+        return done and not self._feed.busy
 
     # ---- what happened
 

@@ -11,7 +11,7 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vhostuser._native import ffi, lib
@@ -61,11 +61,11 @@ class Background:
     def __bool__(self) -> bool:
         return bool(self._ranges)
 
-    @property
-    def ever(self) -> list[tuple[int, int]]:
-        """All ranges that were ever added."""
+    def forget(self, done: Callable[[int, int], bool]) -> bool:
+        """Forgets the ranges that are ``done``; whether that is all that were ever added."""
         with self._lock:
-            return list(self._ever)
+            self._ever = [each for each in self._ever if not done(*each)]
+            return not self._ever
 
 
 class NativeFeed:
@@ -76,13 +76,15 @@ class NativeFeed:
     there may be more and another thread to do it. Only threads that would bring background consume the second.
     """
 
-    def __init__(self, background: Background) -> None:
+    def __init__(self, background: Background, *, may_poison: bool) -> None:
         self.native: Any = None
         self.demands = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._work = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.placed = threading.Condition()
         """Notified after pages were placed."""
         self.paused = False
+        self.may_poison = may_poison
+        """Whether the kernel has UFFDIO_POISON."""
         self.busy = False
         """A piece of the background is being placed."""
         self._background = background
@@ -182,6 +184,11 @@ class NativeFeed:
             raise LookupError(f"{length} bytes at guest address {guest:#x}: {explain(placed)}, or not whole pages")
         self._tell_placed()
         return placed
+
+    def lose(self, guest: int, length: int) -> None:
+        if self.may_poison:
+            lib.vu_faults_lose(self.native, guest, length)
+            self._tell_placed()
 
     def close(self) -> None:
         """No thread may be inside."""

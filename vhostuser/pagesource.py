@@ -24,6 +24,10 @@ class SourceLost(VhostUserError):
     """The source cannot bring pages any more. The server pauses; ``FaultServer.resume`` asks it, or another, again."""
 
 
+class PageLost(VhostUserError):
+    """The source is fine, but does not have these pages and never will."""
+
+
 class Ask(NamedTuple):
     """What to bring: ``length`` bytes from guest address ``guest``, whole pages of one region."""
 
@@ -54,6 +58,10 @@ class Feed(Protocol):
     def place(self, guest: int, data: bytes | bytearray | memoryview | int) -> int:
         """Places bytes at guest address ``guest``, or, if ``data`` is a number, so many zero bytes; whole pages of one
         region. Pages that are there already are dropped. Returns how many were placed."""
+
+    def lose(self, guest: int, length: int) -> None:
+        """These pages never come: whoever touches one of them gets SIGBUS, as after ``FaultServer.poison``. Where the
+        kernel has no UFFDIO_POISON they go on waiting."""
 
 
 @runtime_checkable
@@ -127,7 +135,8 @@ class MappedFile:
 class CallableSource:
     """A function that returns bytes.
 
-    fetch(guest, length): exactly ``length`` bytes; raises SourceLost or OSError if they cannot be had now. It is called
+    fetch(guest, length): exactly ``length`` bytes; raises SourceLost or OSError if they cannot be had now, PageLost if
+    some of them never can: in the background they are then skipped, and who waits for one gets an error. It is called
     by ``threads`` threads at a time, of which all but one, if there are several, also bring background pages, at most
     ``most`` bytes in a call.
     """
@@ -142,7 +151,12 @@ class CallableSource:
     def run(self, feed: Feed, number: int) -> None:
         background = number > 0 or self.threads == 1
         while (ask := feed.next(background=background, most=self._most)) is not None:
-            data = self._fetch(ask.guest, ask.length)
+            try:
+                data = self._fetch(ask.guest, ask.length)
+            except PageLost:
+                if ask.demanded:
+                    feed.lose(ask.guest, ask.length)
+                continue
             if len(data) != ask.length:
                 raise SourceLost(f"{len(data)} bytes for guest address {ask.guest:#x}, {ask.length} were asked for")
             feed.place(ask.guest, data)

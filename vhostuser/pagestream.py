@@ -15,7 +15,8 @@ kind   from                      means
 2      who places                bring them when there is nothing more urgent
 3      who has the pages         here they are; ``length`` bytes follow
 4      who has the pages         they are zeros; nothing follows
-5      who has the pages         they cannot be had; nothing follows, and whoever waits goes on waiting
+5      who has the pages         nobody has them; nothing follows, and whoever waits gets an error
+6      who has the pages         some of them nobody has; nothing follows, they are brought when somebody waits
 =====  ========================  ===========================================================================
 
 The order of answers is nobody's business but theirs; pages may come in pieces and twice. ``serve_pages`` answers urgent
@@ -35,7 +36,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from vhostuser.pagesource import Feed, SourceLost
+from vhostuser.pagesource import Feed, PageLost, SourceLost
 from vhostuser.threads import spawn
 
 HELLO: Final = b"vupages1"
@@ -43,12 +44,10 @@ PIECE: Final = 1 << 16
 """Bytes of background in one frame, at most; a huge page is one frame all the same."""
 
 _FRAME = struct.Struct(">BxxxIQ")
-_URGENT, _BACKGROUND, _DATA, _ZEROS, _NOT_HAD = range(1, 6)
+_URGENT, _BACKGROUND, _DATA, _ZEROS, _LOST, _SKIPPED = range(1, 7)
 _MOST = 1 << 30
-
-
-class NotHad(Exception):
-    """Raised by a ``read`` of ``serve_pages``: these bytes cannot be had."""
+_PENDING = 1 << 14
+"""Requests that wait to be answered; whoever asks for more has to wait."""
 
 
 def _receive(sock: socket.socket, view: memoryview) -> bool:
@@ -78,8 +77,8 @@ def _receive_frame(sock: socket.socket) -> tuple[int, int, int] | None:
     if not _receive(sock, memoryview(head)):
         return None
     kind, length, guest = _FRAME.unpack(head)
-    if not _URGENT <= kind <= _NOT_HAD or not 0 < length <= _MOST:
-        raise SourceLost(f"a frame of kind {kind} and {length} bytes, expected kinds 1 to 5 and at most {_MOST}")
+    if not _URGENT <= kind <= _SKIPPED or not 0 < length <= _MOST:
+        raise SourceLost(f"a frame of kind {kind} and {length} bytes, expected kinds 1 to 6 and at most {_MOST}")
     return kind, guest, length
 
 
@@ -112,6 +111,9 @@ class PageServer:
         finally:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
             asking.join()
 
     def _hear(self) -> None:
@@ -119,6 +121,7 @@ class PageServer:
             while (frame := _receive_frame(self._sock)) is not None:
                 kind, guest, length = frame
                 with self._changed:
+                    self._changed.wait_for(lambda: len(self._urgent) + len(self._background) < _PENDING or self._ended)
                     queue = self._urgent if kind == _URGENT else self._background
                     queue.append((time.monotonic() + self._latency, guest, length))
                     self._changed.notify()
@@ -126,14 +129,15 @@ class PageServer:
             self._ended = True
             self._changed.notify()
 
-    def _next(self) -> tuple[int, int] | None:
+    def _next(self) -> tuple[int, int, bool] | None:
         """What to send next, when the line is free and the request has travelled its time."""
         with self._changed:
             while not self._ended:
                 now = time.monotonic()
                 queue = self._urgent if self._due(self._urgent, now) else self._background
                 if self._free <= now and self._due(queue, now):
-                    return self._take(queue)
+                    self._changed.notify_all()
+                    return *self._take(queue), queue is self._urgent
                 self._changed.wait(self._pause(now))
         return None
 
@@ -152,11 +156,11 @@ class PageServer:
         dues = [queue[0][0] for queue in (self._urgent, self._background) if queue]
         return max(min(dues), self._free, now) - now if dues else None
 
-    def _answer(self, guest: int, length: int) -> None:
+    def _answer(self, guest: int, length: int, urgent: bool) -> None:
         try:
             data = self._read(guest, length)
-        except NotHad:
-            self._sock.sendall(_FRAME.pack(_NOT_HAD, length, guest))
+        except PageLost:
+            self._sock.sendall(_FRAME.pack(_LOST if urgent else _SKIPPED, length, guest))
             return
         zeros = not data.strip(b"\0")
         kind = _ZEROS if zeros else _DATA
@@ -179,10 +183,10 @@ def serve_pages(
 ) -> None:
     """Serves pages on a connected stream socket, which stays the caller's, until the other end closes it.
 
-    read(guest, length): exactly ``length`` bytes, or raises NotHad; called on this thread. bandwidth: bytes a second
-    that the line is to carry, None: all it can. latency: seconds that a request takes on its way. Both slow an honest
-    line down, for trying things out. Blocks. Raises OSError when the line breaks, SourceLost when the other end speaks
-    something else.
+    read(guest, length): exactly ``length`` bytes of whatever the other end names, or raises PageLost; called on this
+    thread. bandwidth: bytes a second that the line is to carry, None: all it can. latency: seconds that a request takes
+    on its way. Both slow an honest line down, for trying things out. Blocks. Raises OSError when the line breaks,
+    SourceLost when the other end speaks something else.
     """
     if sock.family != socket.AF_UNIX:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -241,6 +245,7 @@ class _Line:
         self._feed = feed
         self._window = window
         self._changed = threading.Condition()
+        self._sending = threading.Lock()
         self._asked = 0  # bytes that have not come yet
         self._over = False
         self._askers: list[threading.Thread] = []
@@ -259,6 +264,8 @@ class _Line:
                 self._feed.place(guest, memoryview(buffer)[:length])
             elif kind == _ZEROS:
                 self._feed.place(guest, length)
+            elif kind == _LOST:
+                self._feed.lose(guest, length)
             with self._changed:
                 self._asked -= length
                 self._changed.notify_all()
@@ -279,9 +286,10 @@ class _Line:
             return not self._over
 
     def _ask(self, kind: int, guest: int, length: int) -> None:
-        """One frame at a time: a frame is short, and the other end always reads."""
+        """The other end may be slow to read: what comes is counted all the while, by another lock."""
         with self._changed:
             self._asked += length
+        with self._sending:
             self._sock.sendall(_FRAME.pack(kind, length, guest))
 
     def hang_up(self) -> None:

@@ -229,6 +229,8 @@ def test_a_deadline_is_refused_where_nothing_can_end_a_wait(bed: Bed, kernel: Ca
     kernel(Feature.POISON)
     with pytest.raises(Unsupported, match=r"UFFDIO_POISON, which came with Linux 6\.6; without it waits have no end"):
         bed.server(bed.memory(), deadline=1)
+    with pytest.raises(Unsupported, match="missing pages stay missing"):
+        bed.server(bed.memory()).poison(0, PAGE)
 
 
 # ---- never half a page

@@ -15,8 +15,8 @@ import pytest
 
 from tests.faultserver.conftest import MIB, PAGE, Bed, content, good, pages, until
 from vhostuser.faultserver import FaultServer
-from vhostuser.pagesource import CallableSource, FilePiece, MappedFile, SourceLost
-from vhostuser.pagestream import HELLO, NotHad, StreamSource, serve_pages
+from vhostuser.pagesource import CallableSource, FilePiece, MappedFile, PageLost, SourceLost
+from vhostuser.pagestream import HELLO, StreamSource, serve_pages
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +69,12 @@ class Line:
 
         with sock:
             serve_pages(sock, read, **self._settings)
+
+
+def without_page_5(guest: int, length: int) -> bytes:
+    if guest <= 5 * PAGE < guest + length:
+        raise PageLost("page 5")
+    return content(guest, length)
 
 
 # ---- the stream
@@ -129,17 +135,33 @@ def test_zeros_are_not_sent(bed: Bed) -> None:
     assert server.stats().zero == 64
 
 
-def test_pages_that_cannot_be_had_are_waited_for_and_no_others(bed: Bed) -> None:
-    def read(guest: int, length: int) -> bytes:
-        if guest <= 5 * PAGE < guest + length:
-            raise NotHad
-        return content(guest, length)
-
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_page_that_the_source_has_lost_is_an_error_for_who_wants_it(bed: Bed, streamed: bool) -> None:
+    """In the background it is skipped, and its neighbours too until somebody asks for them by themselves."""
     memory = bed.memory()
-    server = bed.server(memory, StreamSource(Line(read).connect), deadline=0.3)
+    source = StreamSource(Line(without_page_5).connect) if streamed else CallableSource(without_page_5)
+    server = bed.server(memory, source)
     process, _ = bed.client(server, memory)
-    process.read(pages(5), pages(6))
-    assert sorted(answer.lost for answer in process.answers(2)) == [[], [5 * PAGE]]
+    server.prefetch([(0, 16 * PAGE)])
+    process.read(pages(5), pages(6), pages(5))
+    assert sorted(answer.lost for answer in process.answers(3)) == [[], [5 * PAGE], [5 * PAGE]]
+    assert server.stats().lost == 1
+    assert not server.paused
+
+
+def test_pages_can_be_given_up(bed: Bed) -> None:
+    memory = bed.memory()
+    server = bed.server(memory, CallableSource(content))
+    server.pause()
+    process, _ = bed.client(server, memory)
+    process.read(pages(5))
+    until(lambda: server.stats().waiting == 1, "it waits")
+    assert server.poison(4 * PAGE, 4 * PAGE) == 4
+    assert process.answers(1)[0].lost == [5 * PAGE]
+    server.resume()
+    server.prefetch()
+    assert server.wait(10)
+    assert (server.stats().received, server.stats().lost) == (60, 4)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +273,8 @@ def test_a_file_that_shrinks_pauses_and_loses_nothing(bed: Bed) -> None:
     process, _ = bed.client(server, memory)
     process.read(pages(40), pages(3))
     until(lambda: server.paused, "it pauses")
-    assert not server.wait(1)
+    server.prefetch()
+    assert not server.wait(), "it has paused by itself, so waiting makes no sense"
     os.truncate(fd, 64 * PAGE)
     os.pwrite(fd, content(0, 64 * PAGE), 0)
     server.resume()

@@ -474,6 +474,8 @@ void vu_faults_pause(vu_faults *server, int on); /* paused: faults are recorded,
 int64_t vu_faults_fill(vu_faults *server, uint64_t guest, uint64_t length);
 /* Places `data` (NULL: zeros) where pages are missing, for any source: pages placed, or VU_E_. */
 int64_t vu_faults_place(vu_faults *server, uint64_t guest, uint64_t length, const void *data);
+/* Pages of the range that are missing never come: whoever waits for one, or touches it later, gets SIGBUS. How many. */
+int64_t vu_faults_lose(vu_faults *server, uint64_t guest, uint64_t length);
 /* Up to `max` ranges that somebody waits for and that were not asked for yet. Never blocks. */
 int vu_faults_wanted(vu_faults *server, struct vu_fault_range *ranges, uint32_t max);
 /* The next run of missing pages in the range that may be placed in the background, of at most `most` bytes, a page and

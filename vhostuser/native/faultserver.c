@@ -260,6 +260,28 @@ int64_t vu_faults_place(vu_faults *server, uint64_t guest, uint64_t length, cons
     return placed;
 }
 
+static uint64_t lose_pages(struct vu_faults *server, uint64_t from, uint64_t end)
+{
+    uint64_t first, lost = 0;
+    uint32_t count;
+    while ((count = vu_pages_claim(server->pages, from, end, VU_FAULT_BATCH, &first)) > 0) {
+        vu_record_add(server, VU_EVENT_LOST, 0, first, count, vu_clock_ns());
+        settle(server, first, count, true);
+        lost += count;
+        from = first + count;
+    }
+    return lost;
+}
+
+int64_t vu_faults_lose(vu_faults *server, uint64_t guest, uint64_t length)
+{
+    const struct vu_fault_part *part = find_part(server, guest, length);
+    if (!part)
+        return VU_E_RANGE;
+    uint64_t from = page_of(part, guest);
+    return (int64_t)lose_pages(server, from, from + (length >> part->shift));
+}
+
 /* ---- what others bring ------------------------------------------------------------------------------------------- */
 
 int vu_faults_wanted(vu_faults *server, struct vu_fault_range *ranges, uint32_t max)
@@ -405,16 +427,12 @@ static void look_for_the_dead(struct vu_faults *server)
 
 static void give_up_overdue(struct vu_faults *server, uint64_t now)
 {
-    uint64_t pages[VU_FAULT_BATCH], first, deadline = server->config.deadline_ns;
+    uint64_t pages[VU_FAULT_BATCH], deadline = server->config.deadline_ns;
     uint32_t count = 0;
     if (deadline && now > deadline)
         count = vu_pages_overdue(server->pages, now - deadline, pages, VU_FAULT_BATCH);
-    for (uint32_t i = 0; i < count; i++) {
-        if (!vu_pages_claim(server->pages, pages[i], pages[i] + 1, 1, &first))
-            continue;
-        vu_record_add(server, VU_EVENT_LOST, 0, first, 1, now);
-        settle(server, first, 1, true);
-    }
+    for (uint32_t i = 0; i < count; i++)
+        lose_pages(server, pages[i], pages[i] + 1);
 }
 
 static int tick_of(const struct vu_faults *server)
