@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,25 @@ def test_a_page_that_somebody_else_has_placed_is_noticed(bed: Bed) -> None:
     assert server.wait(10)
     assert server.stats().present == 1
     assert [e.guest for e in server.events() if e.kind is module.EventKind.PRESENT] == [5 * PAGE]
+
+
+@pytest.mark.parametrize("placement", [Placement.COPY, Placement.CONTINUE])
+def test_a_page_that_was_punched_out_again_holds_zeros(bed: Bed, placement: Placement) -> None:
+    """By a balloon, or by the kernel, which takes back clean pages of zeros. Nobody must fault for ever."""
+    memory = bed.memory()
+    server = bed.server(memory, placement=placement)
+    process, _ = bed.client(server, memory, mode=BOTH if placement is Placement.CONTINUE else Mode.MISSING)
+    process.read(pages(3))
+    assert good(process.answers(1))
+    with mmap.mmap(memory.fds[0], 64 * PAGE) as file:
+        file.madvise(mmap.MADV_REMOVE, 3 * PAGE, PAGE)
+    own = bed.threads(memory)
+    process.read(pages(3), pages(4))
+    own.read(pages(3))
+    assert sorted(answer.wrong for answer in process.answers(2)) == [[], [3 * PAGE]]
+    assert own.answers()[0].wrong == [3 * PAGE]
+    assert memory.map.read(3 * PAGE, PAGE) == bytes(PAGE)
+    assert server.stats().placed == 2
 
 
 # ---- ZEROPAGE

@@ -89,6 +89,8 @@ void vu_put_close(struct vu_faults *server);
  * them are put. */
 int vu_put_pages(struct vu_faults *server, const struct vu_fault_part *part, uint64_t first, uint64_t count,
                  const uint8_t *data);
+/* Zeros, unless something is there: by other means than a write into the file, which would write over it. */
+void vu_put_hole(struct vu_faults *server, const struct vu_fault_part *part, uint64_t page);
 
 /* ---- waking (faultwake.c) ---------------------------------------------------------------------------------------- */
 enum vu_wake_kind { VU_WAKE_PRESENT, VU_WAKE_LOST };

@@ -170,3 +170,12 @@ int vu_put_pages(struct vu_faults *server, const struct vu_fault_part *part, uin
             return VU_E_SYS;
     return 0;
 }
+
+void vu_put_hole(struct vu_faults *server, const struct vu_fault_part *part, uint64_t page)
+{
+    uint64_t host = part->region.host + ((page - part->first) << part->shift), size = part->region.page_size;
+    if (is_huge(part))
+        vu_uffd_copy(server->config.uffd, host, server->zeros, size, 0);
+    else
+        vu_uffd_zeropage(server->config.uffd, host, size, 0);
+}

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "fault.h"
@@ -320,11 +321,24 @@ int vu_faults_withhold(vu_faults *server, uint64_t guest, uint64_t length, int o
 
 /* ---- the loop ---------------------------------------------------------------------------------------------------- */
 
+/* A page that was placed and is not in the file any more was punched out of it, by a balloon say: it holds zeros now, and
+ * nobody else brings them. Without them its threads would be woken and fault again for ever. */
+static void refill_hole(struct vu_faults *server, uint64_t page)
+{
+    unsigned char resident = 1;
+    const struct vu_fault_part *part = vu_fault_part_of(server, page);
+    uint64_t host = part->region.host + ((page - part->first) << part->shift);
+    if (mincore((void *)host, 1, &resident) == 0 && !(resident & 1))
+        vu_put_hole(server, part, page);
+}
+
 /* A fault that came for a page that is settled already: an answer at once. Holds the client for the wake to release. */
 static void answer(struct vu_faults *server, uint32_t number, uint64_t page, uint64_t since, bool lost)
 {
     struct vu_wait wait = {page, since, number, 0};
     VU_CLIENT_COUNT(&server->clients[number], late, 1);
+    if (!lost)
+        refill_hole(server, page);
     if (vu_pages_hold(server->pages, number))
         vu_wake_waits(server, &wait, 1, lost ? VU_WAKE_LOST : VU_WAKE_PRESENT);
 }
