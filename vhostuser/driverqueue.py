@@ -1,6 +1,6 @@
 """A ring as a driver sees it: what a guest's virtio driver does, for front-ends, tests and measurements.
 
-What belongs here: the typed face of the native driver side. What does not: eventfds (``frontend_ring``), what requests
+What belongs here: the typed face of the native driver side. What does not: eventfds (``frontend.ring``), what requests
 mean (``drivers``), the device's side (``virtqueue``).
 
 Every method *touches*: it reads or writes guest memory and may block for as long as a missing page takes to arrive, so

@@ -1,7 +1,7 @@
 """Messages as they stand on the wire, legal or not: for tests of peers.
 
 What belongs here: cutting the stream into header, body and descriptors, and nothing else. What does not: what a legal
-message is (``protocol``), who waits for it (``frontend_requests``, ``testing``).
+message is (``protocol``), who waits for it (``frontend.requests``, ``testing``).
 """
 
 from __future__ import annotations

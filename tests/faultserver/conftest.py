@@ -26,7 +26,7 @@ import pytest
 
 from tests.faultserver import client as program
 from vhostuser.faultserver import Client, FaultServer
-from vhostuser.frontend_memory import SharedMemory
+from vhostuser.frontend.memory import SharedMemory
 from vhostuser.memory import PrivateMemory
 from vhostuser.pagesource import FilePiece, MappedFile
 from vhostuser.uffd import Mode, NotPermitted, Userfaultfd

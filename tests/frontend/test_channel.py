@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from tests.frontend.test_calls import negotiated
-from vhostuser import frontend_channel
 from vhostuser.device import Device
 from vhostuser.frontend import BackendRequests, Frontend
+from vhostuser.frontend import channel as requests_channel
 from vhostuser.protocol import (
     U64,
     Empty,
@@ -34,7 +34,7 @@ CONFIG_CHANGE = Send(B.CONFIG_CHANGE_MSG)
 
 
 async def served(
-    frontend: Frontend, peer: ScriptedPeer, answer: frontend_channel.Answerer = frontend_channel.config_changes_only
+    frontend: Frontend, peer: ScriptedPeer, answer: requests_channel.Answerer = requests_channel.config_changes_only
 ) -> ScriptedPeer:
     """The back-end's end of the channel."""
     await negotiated(frontend, peer)
@@ -127,7 +127,7 @@ async def test_a_back_end_that_waits_for_the_ack_before_it_answers_is_no_deadloc
 async def test_requests_that_nobody_collects_are_refused(
     frontend: Frontend, channel: ScriptedPeer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frontend_channel, "MOST_EVENTS", 2)
+    monkeypatch.setattr(requests_channel, "MOST_EVENTS", 2)
     script = (asking(CONFIG_CHANGE), Expect(B.CONFIG_CHANGE_MSG, ACK, reply=True))
     await channel.follow(*script, *script)
     await channel.follow(asking(CONFIG_CHANGE), Expect(B.CONFIG_CHANGE_MSG, NACK, reply=True))

@@ -16,7 +16,7 @@ from enum import IntEnum
 from struct import Struct
 
 from vhostuser.driverqueue import DriverQueue, Segment
-from vhostuser.frontend_ring import FrontendRing
+from vhostuser.frontend.ring import FrontendRing
 from vhostuser.protocol import VhostUserError
 
 SECTOR = 512

@@ -1,8 +1,8 @@
 """Frontend: drives a back-end over a socket: connecting or listening, and whole procedures made of typed calls.
 
-What belongs here: what takes more than one message. What does not: single requests (``frontend_calls``), pairing
-answers (``frontend_requests``), what is legal (``protocol.session``), guest memory (``frontend_memory``), rings
-(``frontend_ring``), postcopy (``frontend_postcopy``).
+What belongs here: what takes more than one message. What does not: single requests (``calls``), pairing
+answers (``requests``), what is legal (``protocol.session``), guest memory (``memory``), rings
+(``ring``), postcopy (``postcopy``).
 """
 
 from __future__ import annotations
@@ -12,35 +12,11 @@ import socket
 from pathlib import Path
 from typing import Self
 
-from vhostuser.frontend_calls import Calls
-from vhostuser.frontend_channel import Answerer, BackendEvent, BackendRequests, config_changes_only
-from vhostuser.frontend_memory import SharedLog, SharedMemory, SharedRegion
-from vhostuser.frontend_postcopy import ClientRegion, PostcopyClient
-from vhostuser.frontend_requests import ReplyTimeout
-from vhostuser.frontend_ring import FrontendRing, InflightBuffer, InflightQueue
+from vhostuser.frontend.calls import Calls
+from vhostuser.frontend.channel import Answerer, BackendRequests, config_changes_only
+from vhostuser.frontend.memory import SharedLog, SharedMemory
+from vhostuser.frontend.ring import FrontendRing
 from vhostuser.protocol import DeviceStatus, ProtocolFeature, VirtioFeature
-from vhostuser.raw import RawMessage
-
-__all__ = [
-    "DRIVABLE",
-    "DRIVABLE_PROTOCOL",
-    "Answerer",
-    "BackendEvent",
-    "BackendRequests",
-    "ClientRegion",
-    "Frontend",
-    "FrontendRing",
-    "InflightBuffer",
-    "InflightQueue",
-    "Listener",
-    "PostcopyClient",
-    "RawMessage",
-    "ReplyTimeout",
-    "SharedLog",
-    "SharedMemory",
-    "SharedRegion",
-]
-
 
 DRIVABLE = ~(
     VirtioFeature.LOG_ALL.mask  # of no use before there is a log

@@ -17,9 +17,9 @@ from typing import TypeVar
 from uuid import UUID
 
 from vhostuser.channel import Fds
-from vhostuser.frontend_memory import SharedLog, SharedMemory, SharedRegion
-from vhostuser.frontend_requests import Requests
-from vhostuser.frontend_ring import InflightBuffer
+from vhostuser.frontend.memory import SharedLog, SharedMemory, SharedRegion
+from vhostuser.frontend.requests import Requests
+from vhostuser.frontend.ring import InflightBuffer
 from vhostuser.protocol import (
     U64,
     VHOST_VRING_F_LOG,
@@ -269,7 +269,7 @@ class Calls(Requests):
         _, came = await self.request(F.GET_SHARED_OBJECT, Uuid(uuid.bytes))
         return came.take()
 
-    # ---- postcopy; ``frontend_postcopy`` has the whole procedure
+    # ---- postcopy; ``postcopy`` has the whole procedure
 
     async def postcopy_advise(self) -> int:
         """Postcopy may follow; the back-end's userfaultfd."""

@@ -1,7 +1,7 @@
 """Requests of a front-end on one socket: sent whole and in order, each paired with its own answer, or given up in time.
 
 What belongs here: who waits for which answer, cancellation, time limits, the raw hatch. What does not: what the
-requests are (``frontend_calls``), what is legal (``protocol.session``).
+requests are (``calls``), what is legal (``protocol.session``).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
-from vhostuser.frontend_calls import Calls
-from vhostuser.frontend_memory import SharedMemory, SharedRegion
+from vhostuser.frontend.calls import Calls
+from vhostuser.frontend.memory import SharedMemory, SharedRegion
 from vhostuser.protocol import (
     FrontendRequest,
     LocalProtocolError,

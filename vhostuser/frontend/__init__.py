@@ -1,0 +1,29 @@
+"""The front-end: what drives a back-end over a socket. What belongs here: the public names, each from its module."""
+
+from vhostuser.frontend.channel import Answerer, BackendEvent, BackendRequests
+from vhostuser.frontend.frontend import DRIVABLE, DRIVABLE_PROTOCOL, Frontend, Listener
+from vhostuser.frontend.memory import SharedLog, SharedMemory, SharedRegion
+from vhostuser.frontend.postcopy import ClientRegion, PostcopyClient
+from vhostuser.frontend.requests import ReplyTimeout
+from vhostuser.frontend.ring import FrontendRing, InflightBuffer, InflightQueue
+from vhostuser.raw import RawMessage
+
+__all__ = [
+    "DRIVABLE",
+    "DRIVABLE_PROTOCOL",
+    "Answerer",
+    "BackendEvent",
+    "BackendRequests",
+    "ClientRegion",
+    "Frontend",
+    "FrontendRing",
+    "InflightBuffer",
+    "InflightQueue",
+    "Listener",
+    "PostcopyClient",
+    "RawMessage",
+    "ReplyTimeout",
+    "SharedLog",
+    "SharedMemory",
+    "SharedRegion",
+]
