@@ -19,6 +19,7 @@ from vhostuser.tools.postcopy.record import (
     Timed,
 )
 from vhostuser.tools.postcopy.rules import ACK, ADVISE, BEFORE_ACK, BEFORE_RINGS, END, LISTEN, OFFER, RINGS, TABLE
+from vhostuser.uffd import NotPermitted, Userfaultfd
 
 MS = 1_000_000
 PAGE = 4096
@@ -62,3 +63,12 @@ def good_record(clients: int = 1) -> Record:
 def good() -> Callable[..., Record]:
     """Makes records in which everything went right."""
     return good_record
+
+
+@pytest.fixture(scope="session")
+def permitted() -> None:
+    """For tests that need a userfaultfd which sees faults in system calls."""
+    try:
+        Userfaultfd.probe()
+    except NotPermitted as error:
+        pytest.skip(str(error))

@@ -8,9 +8,12 @@ import pytest
 
 from vhostuser.tools.postcopy import guest as guest_module
 from vhostuser.tools.postcopy.guest import Guest, GuestError
+from vhostuser.tools.postcopy.options import parse
+from vhostuser.tools.postcopy.pages import Pages, PagesError
 from vhostuser.tools.postcopy.plan import Area, Plan, Shape, make_plan
 from vhostuser.tools.postcopy.source import Link
 from vhostuser.tools.postcopy.subject import Place, command_line
+from vhostuser.tools.postcopy.truth import Truth
 
 MIB = 1 << 20
 
@@ -70,3 +73,15 @@ def test_neighbouring_pages_are_put_together_and_regions_are_not() -> None:
     made = plan()
     pages = [4096, 0, 3 * 4096, 4 * MIB - 4096, 1 << 30]
     assert made.runs(pages) == [Area(0, 8192), Area(3 * 4096, 4096), Area(4 * MIB - 4096, 4096), Area(1 << 30, 4096)]
+
+
+def test_pages_that_cannot_be_placed_are_not_waited_for(permitted: None) -> None:
+    options = parse("test", ["--memory=8"])
+    made = plan()
+    with Guest(made) as guest, Pages(guest.memory, Truth(made, 1), made, options, options.wakes[0]) as pages:
+        pages.check()
+        pages.release()
+        pages.check()
+        pages._server.pause()
+        with pytest.raises(PagesError, match=r"^pages cannot be placed any more: [^\n]*$"):
+            pages.check()

@@ -14,7 +14,6 @@ import pytest
 
 from vhostuser.tools.main import TOOLS
 from vhostuser.tools.postcopy.rules import RULES
-from vhostuser.uffd import NotPermitted, Userfaultfd
 
 OWN = f"{sys.executable} -m vhostuser.tools.blk --socket-path={{socket}} --blk-file={{disk}} --log-level=error"
 SMALL = ("--quiet", "--memory=4", "--patience=2")
@@ -37,14 +36,6 @@ def runs_of(*arguments: str) -> list[dict[str, Any]]:
     assert found["passed"]
     runs: list[dict[str, Any]] = found["runs"]
     return runs
-
-
-@pytest.fixture
-def permitted() -> None:
-    try:
-        Userfaultfd.probe()
-    except NotPermitted as error:
-        pytest.skip(str(error))
 
 
 needs_uffd = [pytest.mark.postcopy, pytest.mark.usefixtures("permitted")]

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from vhostuser.tools.postcopy.rules import RULES
-from vhostuser.uffd import NotPermitted, Userfaultfd
 
 BROKEN = sorted((Path(__file__).parent / "broken").glob("*.py"))
 PATIENCE = 0.7
 
-pytestmark = pytest.mark.postcopy
+pytestmark = [pytest.mark.postcopy, pytest.mark.usefixtures("permitted")]
 
 
 def text_of(script: Path) -> str:
@@ -35,14 +34,6 @@ def options_of(script: Path) -> list[str]:
     """What the laboratory needs to be told to see its fault."""
     found = re.search(r"^Options: (.+)$", text_of(script), re.MULTILINE)
     return found[1].split() if found else []
-
-
-@pytest.fixture(autouse=True)
-def permitted() -> None:
-    try:
-        Userfaultfd.probe()
-    except NotPermitted as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("script", BROKEN, ids=lambda script: script.stem)

@@ -28,8 +28,8 @@ from vhostuser.tools.postcopy.record import Failed, Timed
 from vhostuser.tools.postcopy.truth import NO_STATUS, Difference, Truth, differences, header_of
 
 _STATUS = {1: "IOERR", 2: "UNSUPP", NO_STATUS: "no status at all"}
-_LOOK_AGAIN_MS = 100
 _SPOILT = 0xA5
+_LOOK_AGAIN_MS = 100
 """A call may be swallowed by a broken back-end; whether requests were completed does not depend on it."""
 
 

@@ -139,6 +139,13 @@ class Pages:
         number = offset // self._plan.page_size
         return bool(self._received[self._at[region] + number // 8] >> number % 8 & 1)
 
+    def check(self) -> None:
+        """Raises PagesError if pages that should come cannot come any more: no back-end is at fault then."""
+        stats = self._server.stats()
+        if stats.paused and not self._held:
+            reason = self._server.lost or os.strerror(stats.error)
+            raise PagesError(f"pages cannot be placed any more: {reason} (is there memory, are there huge pages left?)")
+
     @property
     def received(self) -> int:
         """Pages that are there."""

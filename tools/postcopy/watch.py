@@ -22,7 +22,10 @@ _PROBE_EVERY = 0.1
 
 
 class Watch:
-    """Watches over a bench in use; on the loop's thread. Everything raises StepFailed when the run cannot go on."""
+    """Watches over a bench in use; on the loop's thread.
+
+    Everything raises StepFailed when a back-end does not let the run go on, and PagesError when the machine does not.
+    """
 
     def __init__(self, bench: Bench, progress: Progress) -> None:
         self._bench = bench
@@ -36,6 +39,7 @@ class Watch:
         """Returns when ``done``."""
         while not done():
             await asyncio.sleep(_TICK)
+            self._bench.pages.check()
             for each in self._bench.conversations:
                 await each.look_for_loss()
             await self._probe_now_and_then()
