@@ -24,11 +24,12 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Self
 
 from vhostuser._native import ffi, lib
-from vhostuser.faultstats import ClientStats, Event, EventKind, ServerStats
+from vhostuser.faultstats import Client, ClientStats, Event, EventKind, ServerStats
 from vhostuser.memory import explain
 from vhostuser.pagefeed import Background, NativeFeed
 from vhostuser.pagesource import MappedSource, PageSource, SourceLost
@@ -61,36 +62,6 @@ _CHUNK = 16 << 20
 """Bytes that the filling thread places before it looks whether something else comes first."""
 
 
-class Client:
-    """A process that shares the memory; made by ``FaultServer.add_client``. ``number`` is unique among those there
-    are."""
-
-    def __init__(self, name: str, number: int, stats: Callable[[int], ClientStats]) -> None:
-        self.name = name
-        self.number = number
-        self._stats = stats
-
-    def stats(self) -> ClientStats:
-        """Live; after the client was removed, what they were then."""
-        return self._stats(self.number)
-
-    @property
-    def gone(self) -> bool:
-        """Whether its process has ended. Noticed within 0.1 s, or by the first request that the kernel refuses."""
-        return self.stats().gone
-
-    def _freeze(self) -> None:
-        """The server goes, and with it the memory: nothing here may keep it."""
-        last = self.stats()
-        self._stats = lambda number: last
-
-    def __repr__(self) -> str:
-        return f"<Client {self.number} {self.name}>"
-
-
-# ---- the server
-
-
 class FaultServer:
     """Brings the missing pages of one memory and wakes who waits for them.
 
@@ -101,7 +72,7 @@ class FaultServer:
     how many the record keeps, 0 or a power of two. device_fd: as for ``Userfaultfd.open``.
 
     Raises NotPermitted where no userfaultfd can be had, Unsupported, ValueError. Methods may be called from any thread;
-    none touches guest memory, and those that wait say so.
+    none touches guest memory, and those that wait say so; none but ``stats`` may be called during or after ``close``.
     """
 
     def __init__(
@@ -120,6 +91,7 @@ class FaultServer:
         self.wake = wake
         self.source = source
         self.clients: list[Client] = []
+        """Those there are; the first is this process's own threads."""
         self.lost: Exception | None = None
         """Why the source was lost, until ``resume``."""
         self._regions = tuple(memory.map.regions)
@@ -130,6 +102,7 @@ class FaultServer:
         self._threads: list[threading.Thread] = []
         self._bringing: list[threading.Thread] = []
         self._closed = False
+        self._final: ServerStats | None = None
         self._ending = False  # the source is being ended on purpose
         features = Userfaultfd.probe(device_fd)
         check_support(features, self._regions, self._fds, placement, deadline)
@@ -235,14 +208,11 @@ class FaultServer:
 
     def _admit(self, name: str, uffd_fd: int, regions: Iterable[ClientRegion], channel: int, ranges: int) -> Client:
         spans = [{"guest": r.guest, "size": r.size, "host": r.host} for r in regions]
-        taken = os.dup(uffd_fd), os.dup(channel) if channel >= 0 else -1
+        native = ffi.new("struct vu_fault_span[]", spans)
+        taken = _duplicates(uffd_fd, channel)
         with self._lock:
-            number = lib.vu_faults_add(
-                self._native, *taken, ranges, ffi.new("struct vu_fault_span[]", spans), len(spans)
-            )
-            if number < 0:
-                raise ValueError(f"client {name}: {explain(number)}; expected whole pages of regions of this memory")
-            client = Client(name, number, self._client_stats)
+            number = lib.vu_faults_add(self._native, *taken, ranges, native, len(spans))
+            client = Client(name, _admitted(name, number), self._client_stats)
             self.clients.append(client)
         return client
 
@@ -251,7 +221,7 @@ class FaultServer:
         wait for whoever reads its userfaultfd next. Again: nothing."""
         with self._lock:
             if client in self.clients:
-                client._freeze()
+                client.freeze()
                 self.clients.remove(client)
                 lib.vu_faults_remove(self._native, client.number)
 
@@ -312,7 +282,8 @@ class FaultServer:
 
     def _fill(self) -> None:
         """The thread that brings the background of a mapped source."""
-        while (piece := self._feed.piece(_CHUNK)) is not None:
+        most = max(_CHUNK, *(region.page_size for region in self._regions))
+        while (piece := self._feed.piece(most)) is not None:
             placed = lib.vu_faults_fill(self._native, *piece)
             if placed < 0 or self._feed.paused:
                 self._background.put_back(*piece)
@@ -324,8 +295,7 @@ class FaultServer:
     def _bring(self, source: PageSource) -> None:
         self._feed.begin()
         self._bringing = [
-            spawn(lambda number=number: self._run(source, number), f"page source {number}")  # type: ignore[misc]
-            for number in range(source.threads)
+            spawn(partial(self._run, source, number), f"page source {number}") for number in range(source.threads)
         ]
 
     def _run(self, source: PageSource, number: int) -> None:
@@ -403,8 +373,9 @@ class FaultServer:
             return
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until the memory is ``complete``: True; or the server has paused by itself, or ``timeout`` seconds have
-        passed: False. For one thread at a time."""
+        """Waits until the memory is ``complete``, which needs that pages that are withheld are waited for or released:
+        True; or the server has paused by itself, or ``timeout`` seconds have passed: False. For one thread at a
+        time."""
         end = None if timeout is None else time.monotonic() + timeout
         waiting = select.poll()
         waiting.register(self._notice, select.POLLIN)
@@ -444,7 +415,9 @@ class FaultServer:
         return tuple(int(lib.vu_faults_page(self._native, region.guest)) // 8 for region in self._regions)
 
     def stats(self) -> ServerStats:
-        """Live."""
+        """Live; after ``close`` what they were then."""
+        if self._final is not None:
+            return self._final
         raw = ffi.new("struct vu_server_stats *")
         lib.vu_faults_stats(self._native, raw)
         return ServerStats.of(raw)
@@ -487,8 +460,9 @@ class FaultServer:
         self._end_source()
         for thread in self._threads:
             thread.join()
+        self._final = self.stats()
         for client in self.clients:
-            client._freeze()
+            client.freeze()
         if not self.complete:
             for region in self._regions:
                 region.revoke()
@@ -510,6 +484,27 @@ class FaultServer:
             self._uffd.unregister(region.base, region.length)
         except OSError:  # never registered: the making failed
             return
+
+
+def _duplicates(uffd_fd: int, channel: int) -> tuple[int, int]:
+    """Of both, if there are both. Raises OSError."""
+    uffd = os.dup(uffd_fd)
+    try:
+        return uffd, os.dup(channel) if channel >= 0 else -1
+    except OSError:
+        os.close(uffd)
+        raise
+
+
+def _admitted(name: str, number: int) -> int:
+    """The number of a client that was added; raises what add_client raises otherwise."""
+    if number >= 0:
+        return number
+    if number == lib.VU_E_SYS:
+        raise OSError(ffi.errno, f"client {name}: {os.strerror(ffi.errno)}; expected a userfaultfd")
+    if number == lib.VU_E_SIZE:
+        raise ValueError(f"client {name}: there are {lib.VU_PAGES_CLIENTS} clients already, our own threads included")
+    raise ValueError(f"client {name}: {explain(number)}; expected whole pages of regions of this memory")
 
 
 def _mapped_at(source: MappedSource, region: MissingRegion) -> int:

@@ -1,4 +1,4 @@
-"""What a fault server tells: counters and the record of events.
+"""What a fault server tells: its clients, counters, the record of events.
 
 What belongs here: names and meanings of what native/faultserver.c counts. What does not: anything that counts.
 """
@@ -6,6 +6,7 @@ What belongs here: names and meanings of what native/faultserver.c counts. What 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -48,6 +49,33 @@ class ClientStats:
         """From a ``struct vu_client_stats *``."""
         values = {name: getattr(raw, name) for name in cls.__dataclass_fields__}
         return cls(**values | {"histogram": tuple(raw.histogram), "gone": bool(raw.gone)})
+
+
+class Client:
+    """A process that shares the memory; made by ``FaultServer.add_client``. ``number`` is unique among those there
+    are."""
+
+    def __init__(self, name: str, number: int, stats: Callable[[int], ClientStats]) -> None:
+        self.name = name
+        self.number = number
+        self._stats = stats
+
+    def stats(self) -> ClientStats:
+        """Live; after the client was removed, what they were then."""
+        return self._stats(self.number)
+
+    @property
+    def gone(self) -> bool:
+        """Whether its process has ended. Noticed within 0.1 s, or by the first request that the kernel refuses."""
+        return self.stats().gone
+
+    def freeze(self) -> None:
+        """For the server, which goes, and with it the memory: nothing here may keep it."""
+        last = self.stats()
+        self._stats = lambda number: last
+
+    def __repr__(self) -> str:
+        return f"<Client {self.number} {self.name}>"
 
 
 @dataclass(frozen=True)

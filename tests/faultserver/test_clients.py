@@ -9,6 +9,7 @@ import random
 import socket
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def test_there_is_room_for_63_clients(bed: Bed, no_leaks: None) -> None:
     for number in range(63):
         with Userfaultfd.open() as uffd:
             server.add_client(f"client {number}", uffd.fileno(), [])
-    with Userfaultfd.open() as uffd, pytest.raises(ValueError, match="client 64th"):
+    with Userfaultfd.open() as uffd, pytest.raises(ValueError, match="client 64th: there are 64 clients already"):
         server.add_client("64th", uffd.fileno(), [])
     bed.close()
 
@@ -123,6 +124,20 @@ def test_regions_that_are_none_of_ours_are_refused(bed: Bed, guest: int, size: i
         server.add_client("wrong", process.uffd, [ClientRegion(guest, process.regions[0].host, size)])
     assert open_fds() == fds
     assert len(server.clients) == 1
+
+
+def test_what_is_no_userfaultfd_is_refused(bed: Bed, no_leaks: None) -> None:
+    """A file, that no loop can watch; a number that is nothing; a channel that is nothing."""
+    server = bed.server(bed.memory())
+    with (
+        Path("/etc/passwd").open("rb") as file,
+        pytest.raises(OSError, match=r"client wrong: .*; expected a userfaultfd"),
+    ):
+        server.add_client("wrong", file.fileno(), [])
+    for fds in ((1 << 20, -1), (0, 1 << 20)):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            server.add_client("wrong", fds[0], [], channel=fds[1])
+    bed.close()
 
 
 def test_a_client_may_have_the_memory_in_pieces(bed: Bed) -> None:

@@ -110,6 +110,25 @@ def test_the_record_tells_what_happened_in_order(bed: Bed) -> None:
     assert events[0].ns <= events[1].ns <= events[2].ns
 
 
+def test_what_cannot_be_served_is_refused_and_nothing_is_left_of_it(bed: Bed, no_leaks: None) -> None:
+    memory = bed.memory()
+    source = bed.image(memory)
+    for settings in ({"batch": 0}, {"batch": 65}, {"events": 3}):
+        with pytest.raises(ValueError, match="a batch 1 to 64 pages, events a power of two"):
+            FaultServer(memory, source, **settings)
+    with pytest.raises(ValueError, match="no piece that holds all of the region at guest address 0x10000000"):
+        FaultServer(bed.memory((1 << 28, PAGE)), source)
+    with FaultServer(memory, source) as server:
+        for wrong in ((0, 65 * PAGE), (64 * PAGE, PAGE), (0, 0), (100, PAGE)):
+            for call in (server.place, server.withhold, server.release, server.poison):
+                with pytest.raises(ValueError, match="guest address"):
+                    call(*wrong)
+        server.prefetch()
+        assert server.wait(10)
+    assert server.stats().received == 64
+    bed.close()
+
+
 def test_nothing_is_left_behind(bed: Bed, no_leaks: None) -> None:
     before = threading.active_count()
     memory = bed.memory()
