@@ -63,7 +63,8 @@ def test_a_client_that_dies_while_pages_are_placed(bed: Bed) -> None:
         process.kill()
     assert good(other.answers(2))
     assert server.wait(10)
-    until(lambda: len(server.collect()) + sum(client.gone for client in server.clients) == 0, "all are collected")
+    until(lambda: all(dead.gone for _, dead in victims), "all deaths are noticed")
+    assert server.collect() == [dead for _, dead in victims]
     assert alive in server.clients and len(server.clients) == 2
 
 
@@ -129,10 +130,8 @@ def test_regions_that_are_none_of_ours_are_refused(bed: Bed, guest: int, size: i
 def test_what_is_no_userfaultfd_is_refused(bed: Bed, no_leaks: None) -> None:
     """A file, that no loop can watch; a number that is nothing; a channel that is nothing."""
     server = bed.server(bed.memory())
-    with (
-        Path("/etc/passwd").open("rb") as file,
-        pytest.raises(OSError, match=r"client wrong: .*; expected a userfaultfd"),
-    ):
+    expected = r"client wrong: .*; expected a userfaultfd"
+    with Path("/etc/passwd").open("rb") as file, pytest.raises(OSError, match=expected):
         server.add_client("wrong", file.fileno(), [])
     for fds in ((1 << 20, -1), (0, 1 << 20)):
         with pytest.raises(OSError, match="Bad file descriptor"):
