@@ -190,21 +190,29 @@ class FaultServer:
         regions: Iterable[ClientRegion],
         *,
         mode: Mode = Mode.MISSING,
+        register: bool = False,
         channel: int = -1,
         channel_ranges: int = 255,
     ) -> Client:
         """Serves one more process.
 
         uffd_fd: its userfaultfd, with its memory registered or about to be; duplicated, so it stays the caller's.
-        regions: where it has which guest addresses; what it does not have may be left out. mode: for which
-        faults it is registered. channel: a connected socket of the wake channel on which HELLO has been exchanged, or
-        -1: it is then woken by messages and not by us, except when the socket is full; duplicated too. channel_ranges:
-        how many ranges the client's HELLO allows in a message.
+        regions: where it has which guest addresses; what it does not have may be left out. mode: for which faults it is
+        registered. register: do that here, through its descriptor, for those of ``mode``; its memory must be mapped,
+        and it may register it for fewer faults itself, before or after. A back-end asks for MISSING alone, as the
+        protocol has it, so CONTINUE needs this, before the first page is placed. channel: a connected socket of the
+        wake channel on which HELLO has been exchanged, or -1: the client is then woken by messages and not by us,
+        except when the socket is full; duplicated too. channel_ranges: how many ranges the client's HELLO allows in a
+        message.
 
         Raises Unsupported, ValueError for regions that are none of ours or not whole pages, OSError.
         """
         check_client(name, self.placement, mode)
-        return self._admit(name, uffd_fd, tuple(regions), channel, channel_ranges)
+        has = tuple(regions)
+        if register:
+            for region in has:
+                Userfaultfd(uffd_fd).register(region.host, region.size, mode)
+        return self._admit(name, uffd_fd, has, channel, channel_ranges)
 
     def _admit(self, name: str, uffd_fd: int, regions: Iterable[ClientRegion], channel: int, ranges: int) -> Client:
         spans = [{"guest": r.guest, "size": r.size, "host": r.host} for r in regions]

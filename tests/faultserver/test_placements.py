@@ -144,6 +144,22 @@ def test_continue_serves_processes_with_minor_faults_and_our_own_threads(bed: Be
     assert client.stats().refused == 0
 
 
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_minor_faults_can_be_asked_for_through_the_descriptor(bed: Bed, order: str) -> None:
+    """A back-end registers for missing pages alone, before or after we do; it stays with what we asked for."""
+    memory = bed.memory()
+    server = bed.server(memory, placement=Placement.CONTINUE)
+    process = bed.process(memory, Mode.MISSING)
+    client = server.add_client("back-end", process.uffd, process.regions, mode=BOTH, register=True)
+    if order == "after":
+        Userfaultfd(process.uffd).register(process.regions[0].host, process.regions[0].size, Mode.MISSING)
+    server.prefetch()
+    assert server.wait(10)
+    process.read(pages(*range(64)))
+    assert good(process.answers(1))
+    assert client.stats().faults == 64
+
+
 def test_continue_for_everybody_leaves_nobody_to_fault(bed: Bed) -> None:
     """BROADCAST maps the pages for all clients, asked or not."""
     memory = bed.memory()

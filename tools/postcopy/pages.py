@@ -93,7 +93,9 @@ class Pages:
         continues = self._options.placement is asked.Placement.CONTINUE
         mode = Mode.MISSING | Mode.MINOR if continues else Mode.MISSING
         channel = self._stack.enter_context(_connect(wake_socket)).fileno() if self._by_channel else -1
-        self._clients.append(self._server.add_client(name, client.uffd, client.regions, mode=mode, channel=channel))
+        self._clients.append(
+            self._server.add_client(name, client.uffd, client.regions, mode=mode, register=continues, channel=channel)
+        )
 
     def waiting(self, client: int) -> bool:
         """Whether a fault of a client waits, as far as it was read; False for a client that was not added."""
