@@ -87,8 +87,11 @@ class Clients:
         return Times(max(each[2] for each in said) / 1000, max(each[3] for each in said) / 1000, rate)
 
     def close(self) -> None:
-        for sock in self.ours:
+        """Also those that wait for a page which did not come."""
+        for sock, process in zip(self.ours, self._processes, strict=True):
             sock.close()
+            process.kill()
+            process.wait()
 
 
 @contextmanager
