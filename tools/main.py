@@ -6,6 +6,7 @@ A tool is imported when it is asked for, so that the help needs nothing.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -38,7 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"{PROGRAM}: there is no tool {name!r}, only {', '.join(TOOLS)} (see {PROGRAM} --help)", file=sys.stderr)
         sys.exit(2)
     run: Callable[[str, Sequence[str]], int] = import_module(TOOLS[name].module).main
-    sys.exit(run(f"{PROGRAM} {name}", rest))
+    sys.exit(_piped(lambda: run(f"{PROGRAM} {name}", rest)))
+
+
+def _piped(run: Callable[[], int]) -> int:
+    """The status; 1 if whoever read our output has left."""
+    try:
+        status = run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else the interpreter would complain when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+        return 1
+    return status
 
 
 def _help() -> str:

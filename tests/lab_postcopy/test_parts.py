@@ -11,7 +11,7 @@ from vhostuser.tools.postcopy.guest import Guest, GuestError
 from vhostuser.tools.postcopy.options import parse
 from vhostuser.tools.postcopy.pages import Pages, PagesError
 from vhostuser.tools.postcopy.plan import Area, Plan, Shape, make_plan
-from vhostuser.tools.postcopy.source import Link
+from vhostuser.tools.postcopy.source import Link, pieces
 from vhostuser.tools.postcopy.subject import Place, command_line
 from vhostuser.tools.postcopy.truth import Truth
 
@@ -31,6 +31,14 @@ def test_what_goes_over_the_link_takes_its_turn() -> None:
 
 def test_a_link_without_a_limit_takes_no_time() -> None:
     assert Link(0).through(1 << 30, now=3.0) == 3.0
+
+
+def test_zeros_are_cut_out_page_by_page() -> None:
+    page, zero = b"x" * 8, bytes(8)
+    assert list(pieces(page + zero + zero + page + page, 8)) == [(0, page), (8, 16), (24, page + page)]
+    assert list(pieces(zero, 8)) == [(0, 8)]
+    half = bytes(4) + b"x" * 4
+    assert list(pieces(half, 8)) == [(0, half)]
 
 
 def test_names_in_a_command_are_filled_in_word_by_word() -> None:

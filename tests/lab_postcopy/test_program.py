@@ -107,6 +107,11 @@ class TestOurs:
         assert process.returncode == 128 + 15
         assert not list(tmp_path.iterdir())
 
+    def test_pages_of_zeros_are_placed_without_data(self) -> None:
+        (found,) = runs_of("--zeros=50")
+        assert 0.4 * found["pages"] < found["zero_pages"] < 0.5 * found["pages"]
+        assert not found["findings"]
+
     def test_requests_go_on_for_as_long_as_it_was_asked_for(self) -> None:
         (found,) = runs_of("--duration=0.5", "--requests=10")
         assert found["requests"]["completed"] > 10 * found["requests"]["planned"]
@@ -214,6 +219,17 @@ def test_the_tools_are_listed(arguments: list[str], status: int) -> None:
     done = run(*arguments)
     assert done.returncode == status
     assert all(f"  {name}  " in done.stdout for name in TOOLS)
+
+
+@pytest.mark.postcopy
+def test_output_that_nobody_reads_is_no_reason_for_a_traceback(permitted: None) -> None:
+    command = [sys.executable, "-m", "vhostuser.tools.main", "postcopy", *SMALL, "--requests=5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_a_tool_that_does_not_exist() -> None:

@@ -100,6 +100,7 @@ def test_the_shape_of_the_json(good: Good) -> None:
             "seconds",
             "background",
             "pages",
+            "zero_pages",
             "page_size",
             "compared_bytes",
         ),

@@ -116,6 +116,7 @@ def _shape(options: Options) -> Shape:
         ring_bytes=DriverQueue.bytes_needed(RING, indirect=options.indirect),
         requests=options.requests,
         withhold=options.withhold,
+        zeros=options.zeros,
         seed=options.seed,
     )
 

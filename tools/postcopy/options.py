@@ -75,6 +75,8 @@ class Options:
     latency: float
     withhold: int
     """Per cent of the pages that requests refer to which come only when somebody waits for them."""
+    zeros: int
+    """Per cent of the same pages that are all zeros at the source."""
     requests: int
     duration: float
     depth: int
@@ -107,6 +109,7 @@ def parse(program: str, arguments: Sequence[str]) -> Options:
     parser.epilog = _EPILOG
     _add_backend(parser)
     _add_memory(parser)
+    _add_source(parser)
     _add_pages(parser)
     _add_load(parser)
     _add_output(parser)
@@ -155,12 +158,6 @@ def _add_memory(parser: Parser) -> None:
 def _add_pages(parser: Parser) -> None:
     group = parser.add_argument_group("the migration")
     group.add_argument(
-        "--bandwidth", metavar="MIB", type=number(0, 1 << 20), default=0, help="a second, default no limit"
-    )
-    group.add_argument(
-        "--latency", metavar="US", type=number(0, 10_000_000), default=0, help="of each page asked for, default 0"
-    )
-    group.add_argument(
         "--wake",
         type=_several(Wake),
         default=(Wake.BATCH,),
@@ -183,6 +180,23 @@ def _add_pages(parser: Parser) -> None:
         type=number(0, 100),
         default=25,
         help="of the pages that requests refer to: they come only when waited for, default 25",
+    )
+
+
+def _add_source(parser: Parser) -> None:
+    group = parser.add_argument_group("the source")
+    group.add_argument(
+        "--bandwidth", metavar="MIB", type=number(0, 1 << 20), default=0, help="a second, default no limit"
+    )
+    group.add_argument(
+        "--latency", metavar="US", type=number(0, 10_000_000), default=0, help="of each page asked for, default 0"
+    )
+    group.add_argument(
+        "--zeros",
+        metavar="PERCENT",
+        type=number(0, 100),
+        default=0,
+        help="of its pages with data: all zeros, placed by UFFDIO_ZEROPAGE; default 0",
     )
 
 
@@ -237,6 +251,7 @@ def _options(parser: Parser, given: argparse.Namespace) -> Options:
         bandwidth=given.bandwidth * MIB,
         latency=given.latency / 1e6,
         withhold=given.withhold,
+        zeros=given.zeros,
         requests=given.requests,
         duration=given.duration,
         depth=given.depth,

@@ -61,7 +61,7 @@ class Pages:
             with open(fd, "wb", closefd=False) as file:
                 file.writelines(truth.memory)
             regions = [(region.guest, region.size) for region in plan.regions]
-            source = make_source(fd, regions, options.bandwidth, options.latency)
+            source = make_source(fd, regions, options, plan.page_size)
             stack.callback(source.close)
             try:
                 self._server = FaultServer(
@@ -183,7 +183,7 @@ class Pages:
         record.lost_events = lines[-1].sequence - len(lines) if lines else 0
         found = {line.guest for line in lines if line.kind is EventKind.PRESENT} & record.canaries
         stats = self._server.stats()
-        record.pages = stats.placed
+        record.pages, record.zeros = stats.placed, stats.zero
         record.canaries_present = max(record.canaries_present, len(found))
         record.filled = max(0, stats.present - len(found))
         for client, served in zip(record.clients, self._clients, strict=False):

@@ -85,6 +85,8 @@ class Plan:
     """Guest addresses of pages that nobody has a reason to touch."""
     withheld: tuple[int, ...]
     """Of pages with data that come only when somebody waits for them."""
+    zeros: tuple[int, ...]
+    """Of pages with data that hold nothing but zeros at the source."""
     requests: tuple[tuple[Request, ...], ...]
     sectors: tuple[int, ...]
     """Of each disk."""
@@ -137,7 +139,7 @@ class Plan:
 @dataclass(frozen=True)
 class Shape:
     """What a plan is made from. ``size``: bytes of guest memory in all. ``requests``: the most for each client, 0: as
-    many as there is memory for. ``ring_bytes``: of one ring. ``withhold``: per cent."""
+    many as there is memory for. ``ring_bytes``: of one ring. ``withhold``, ``zeros``: per cent."""
 
     size: int
     regions: int
@@ -146,6 +148,7 @@ class Shape:
     ring_bytes: int
     requests: int = 0
     withhold: int = 0
+    zeros: int = 0
     seed: int = 1
 
 
@@ -170,7 +173,8 @@ def make_plan(shape: Shape) -> Plan:
     requests, sectors = _requests(dice, segments, slots.guest, shape)
     busy = sorted({page for page in spare if page not in canaries})
     withheld = tuple(sorted(dice.sample(busy, len(busy) * shape.withhold // 100)))
-    return Plan(shape.page_size, regions, rings, canaries, withheld, requests, sectors)
+    zeros = tuple(sorted(dice.sample(busy, len(busy) * shape.zeros // 100)))
+    return Plan(shape.page_size, regions, rings, canaries, withheld, zeros, requests, sectors)
 
 
 def _whole(size: int, shape: Shape) -> int:

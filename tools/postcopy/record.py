@@ -186,6 +186,8 @@ class Record:
     rest: int = 0
     """The last page that came by itself was there, and the last request completed; 0 if it did not come to that."""
     pages: int = 0
+    zeros: int = 0
+    """Of these, placed as zeros without data."""
     page_size: int = 4096
     regions: tuple[tuple[int, int], ...] = ()
     """(guest address, bytes) of each."""

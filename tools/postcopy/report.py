@@ -57,7 +57,7 @@ def _summary(result: Result) -> list[str]:
     record = result.record
     lines = [f"{name:<12}{value}" for name, value in result.settings.items() if name != "command"]
     if record.pages:
-        lines.append(f"{'placed':<12}{record.pages:,} pages{_background(record)}")
+        lines.append(f"{'placed':<12}{record.pages:,} pages{_zeros(record)}{_background(record)}")
     if done := record.requests:
         writes = sum(one.write for one in done)
         size = sum(one.size for one in done) / MIB
@@ -71,6 +71,10 @@ def _summary(result: Result) -> list[str]:
     if record.compared:
         lines.append(f"{'compared':<12}{record.compared / MIB:,.1f} MiB of memory and disks, every byte")
     return lines
+
+
+def _zeros(record: Record) -> str:
+    return f", {record.zeros:,} as zeros" if record.zeros else ""
 
 
 def _background(record: Record) -> str:
@@ -219,6 +223,7 @@ def _run(result: Result) -> dict[str, object]:
         "seconds": round(record.request_seconds, 6),
         "background": dict(zip(("pages", "seconds"), record.background(), strict=True)),
         "pages": record.pages,
+        "zero_pages": record.zeros,
         "page_size": record.page_size,
         "compared_bytes": record.compared,
         "requests": {

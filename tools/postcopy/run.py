@@ -48,14 +48,15 @@ async def perform(options: Options, flow: Flow, wake: Wake, progress: Progress) 
 
 def _settings(options: Options, flow: Flow, wake: Wake) -> dict[str, object]:
     page = "2 MiB" if options.page_size > 4096 else "4 KiB"
-    files = "one file" if options.one_file else "files"
+    files = "one file" if options.one_file else "a file each"
     kind = "indirect" if options.indirect else "direct"
     speed = f"{options.bandwidth // MIB} MiB/s" if options.bandwidth else "no limit"
     return {
         "back-end": f"{options.clients} x {options.command or ', '.join(map(str, options.sockets))}",
-        "memory": f"{options.memory // MIB} MiB in {options.regions} regions of {page} pages in {files}",
+        "memory": f"{options.memory // MIB} MiB in {options.regions} regions of {page} pages, {files}",
         "flow": {Flow.TABLE: "SET_MEM_TABLE", Flow.REGIONS: "ADD_MEM_REG"}[flow],
-        "source": f"{speed}, {options.latency * 1e6:g} us, order {options.order}, {options.withhold} % only on demand",
+        "source": f"{speed}, {options.latency * 1e6:g} us, {options.zeros} % zeros",
+        "order": f"{options.order}, {options.withhold} % only on demand",
         "placement": f"{options.placement}, wake {wake}",
         "load": f"{options.depth} requests in flight, {kind} descriptors, seed {options.seed}",
     }

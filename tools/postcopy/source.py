@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from vhostuser.pagesource import Feed, FilePiece, MappedFile
+from vhostuser.tools.postcopy.options import Options
 
 _THREADS = 8
 """Pages that are on their way at a time, as far as they were asked for; one thread brings the rest."""
@@ -40,10 +42,11 @@ class DelayedSource:
 
     threads = _THREADS
 
-    def __init__(self, files: Sequence[FilePiece], bandwidth: int, latency: float) -> None:
+    def __init__(self, files: Sequence[FilePiece], bandwidth: int, latency: float, page_size: int) -> None:
         self._files = files
         self._link = Link(bandwidth)
         self._latency = latency
+        self._page_size = page_size
 
     def run(self, feed: Feed, number: int) -> None:
         """The last thread brings what nobody waits for."""
@@ -52,7 +55,8 @@ class DelayedSource:
                 time.sleep(self._latency)
             ready = self._link.through(ask.length, time.monotonic())
             time.sleep(max(0.0, ready - time.monotonic()))
-            feed.place(ask.guest, self._read(ask.guest, ask.length))
+            for offset, piece in pieces(self._read(ask.guest, ask.length), self._page_size):
+                feed.place(ask.guest + offset, piece)
 
     def _read(self, guest: int, length: int) -> bytes:
         (file,) = (file for file in self._files if file.guest <= guest < file.guest + file.size)
@@ -65,15 +69,25 @@ class DelayedSource:
         """Nothing to let go of."""
 
 
+def pieces(data: bytes, page_size: int) -> Iterator[tuple[int, bytes | int]]:
+    """Whole pages cut into runs, with their offsets: bytes, and for pages that are all zeros their number of bytes."""
+    zero = bytes(page_size)
+    pages = ((at, data[at : at + page_size] == zero) for at in range(0, len(data), page_size))
+    for is_zero, run in groupby(pages, lambda page: page[1]):
+        offsets = [at for at, _ in run]
+        end = offsets[-1] + page_size
+        yield offsets[0], end - offsets[0] if is_zero else data[offsets[0] : end]
+
+
 def make_source(
-    fd: int, regions: Sequence[tuple[int, int]], bandwidth: int, latency: float
+    fd: int, regions: Sequence[tuple[int, int]], options: Options, page_size: int
 ) -> DelayedSource | MappedFile:
     """The source for a file in which regions (guest address, bytes) lie one after the other. ``fd`` stays the caller's
-    and open."""
+    and open. Where nothing is asked of it, it is placed from straight away."""
     files, offset = [], 0
     for guest, size in regions:
         files.append(FilePiece(guest, size, fd, offset))
         offset += size
-    if bandwidth or latency:
-        return DelayedSource(files, bandwidth, latency)
+    if options.bandwidth or options.latency or options.zeros:
+        return DelayedSource(files, options.bandwidth, options.latency, page_size)
     return MappedFile(*files)

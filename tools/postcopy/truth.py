@@ -44,7 +44,9 @@ def header_of(request: Request) -> bytes:
 
 
 class Truth:
-    """The content of memory and disks; ``completed`` moves it on. Random bytes, so no piece of it is all zeros.
+    """The content of memory and disks; ``completed`` moves it on.
+
+    Random bytes, so that no piece of it is all zeros but the pages that are planned to be.
 
     May be used by one thread for each client at a time: clients change different parts of it.
     """
@@ -54,6 +56,8 @@ class Truth:
         self.plan = plan
         self.memory = [_random(dice, region.size) for region in plan.regions]
         """Of each region."""
+        for run in plan.runs(plan.zeros):
+            self.store(run, bytes(run.size))
         self.disks = [_random(dice, sectors * SECTOR) for sectors in plan.sectors]
         """Of each client."""
         for request in (request for requests in plan.requests for request in requests):
