@@ -282,6 +282,25 @@ class Client:
             self._settle(row.code, payload)
         return Outgoing(data, tuple(fds))
 
+    def overhear(self, request: Request) -> bool:
+        """Take `request`, which somebody else sent, for one of our own. Is an answer to come?
+
+        For a witness of a connection. The request has no refusal.
+        """
+        answered = bool(request.row.reply) or (request.need_reply and self._acked(request))
+        if answered:
+            self._sent.append(_Sent(request.row, request.payload))
+        else:
+            self._settle(request.code, request.payload)
+        return answered
+
+    def _acked(self, request: Request) -> bool:
+        # As in Server.finish: the message that brings REPLY_ACK may ask for an ack itself.
+        match request.code, request.payload:
+            case FrontendRequest.SET_PROTOCOL_FEATURES, U64(value) if value & ProtocolFeature.REPLY_ACK.mask:
+                return True
+        return self._state.has(ProtocolFeature.REPLY_ACK)
+
     def receive(self, data: bytes, fds: Collection[int] = ()) -> Answer | None:
         """Take 1 to `wanted` bytes and the descriptors that came with them; an Answer once it is complete."""
         frame = self._reader.feed(data, fds)

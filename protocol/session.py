@@ -54,7 +54,26 @@ class _Negotiated:
         return self._state.has(feature)
 
 
-class BackendSession(_Negotiated, Server):
+class FrontendRequests(_Negotiated, Server):
+    """What answers the front-end's requests, on a state that others may share."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(FRONTEND, state)
+
+    def _find(self, header: Header) -> Row | None:
+        """Tell the postcopy acknowledgement from the requests whose ids it borrows."""
+        acknowledges = (
+            self._state.postcopy in EXCHANGING_BASES
+            and header.request in ACK_IDS
+            and header.size in PostcopyAck.sizes
+            and not header.need_reply
+        )
+        if acknowledges:
+            return FRONTEND[F.POSTCOPY_ACK]
+        return super()._find(header) if header.request != F.POSTCOPY_ACK else None
+
+
+class BackendSession(FrontendRequests):
     """The back-end's end of one connection.
 
     features: virtio bits to offer, PROTOCOL_FEATURES (bit 30) included. protocol_features: bits to offer. queue_count:
@@ -63,7 +82,7 @@ class BackendSession(_Negotiated, Server):
     """
 
     def __init__(self, features: int, protocol_features: int, queue_count: int, max_slots: int = DEFAULT_SLOTS) -> None:
-        super().__init__(FRONTEND, State(queue_count, features, protocol_features))
+        super().__init__(State(queue_count, features, protocol_features))
         self._answers = {
             F.GET_FEATURES: features,
             F.GET_PROTOCOL_FEATURES: protocol_features,
@@ -82,18 +101,6 @@ class BackendSession(_Negotiated, Server):
     def channel(self) -> Client:
         """The asking end of the back-end's own channel, for the socket that SET_BACKEND_REQ_FD brought."""
         return Client(BACKEND, self._state)
-
-    def _find(self, header: Header) -> Row | None:
-        """Tell the postcopy acknowledgement from the requests whose ids it borrows."""
-        acknowledges = (
-            self._state.postcopy in EXCHANGING_BASES
-            and header.request in ACK_IDS
-            and header.size in PostcopyAck.sizes
-            and not header.need_reply
-        )
-        if acknowledges:
-            return FRONTEND[F.POSTCOPY_ACK]
-        return super()._find(header) if header.request != F.POSTCOPY_ACK else None
 
     def _known(self, request: Request) -> Payload | None:
         if isinstance(request.code, F) and request.code in self._answers:

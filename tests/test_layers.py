@@ -141,6 +141,13 @@ def test_the_judgement_of_a_back_end_does_no_io(name: str) -> None:
     assert ours(path) <= {"tools"}
 
 
+@pytest.mark.parametrize("name", ["events", "faults", "jsonlines", "observer", "text", "words"])
+def test_a_trace_is_understood_and_written_without_io(name: str) -> None:
+    path = ROOT / "tools/trace" / f"{name}.py"
+    assert not {module.split(".")[0] for module in imports(path)} & NO_IO
+    assert ours(path) <= {"protocol", "tools"}
+
+
 def test_links_are_in_place() -> None:
     for name in ("protocol", "tools"):
         link = ROOT / "vhostuser" / name

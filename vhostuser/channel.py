@@ -95,15 +95,19 @@ class Channel:
 
         Raises RemoteProtocolError if descriptors were lost because our table of them is full.
         """
-        while True:
-            try:
-                data, ancillary, flags, _ = self._sock.recvmsg(wanted, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
-            except BlockingIOError:
-                await readable(self._sock)
-            except ConnectionError:
-                return b"", Fds()
-            else:
-                return data, _owned(ancillary, flags)
+        while (got := self.at_hand(wanted)) is None:
+            await readable(self._sock)
+        return got
+
+    def at_hand(self, wanted: int) -> tuple[bytes, Fds] | None:
+        """What ``receive`` would return without waiting; None if it would wait."""
+        try:
+            data, ancillary, flags, _ = self._sock.recvmsg(wanted, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return None
+        except ConnectionError:
+            return b"", Fds()
+        return data, _owned(ancillary, flags)
 
     async def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         """Sends all of ``data``, the descriptors with its first byte; the caller keeps and closes them.
@@ -124,6 +128,17 @@ class Channel:
         """Sends ``data`` if there is room for it at once: the last words to a peer that may not be listening."""
         with contextlib.suppress(OSError):
             self._sock.send(data, socket.MSG_NOSIGNAL)
+
+    def finish(self) -> None:
+        """Sends no more: the peer sees the end of the stream once it has read what was sent."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+    async def hung_up(self) -> None:
+        """Waits until nothing can pass in either direction: the peer has closed, or both have finished."""
+        with select.epoll() as poll:
+            poll.register(self._sock, 0)  # a hang-up is reported unasked
+            await readable(poll.fileno())
 
     def end(self) -> None:
         """Shuts the connection down: the reader sees the end of the stream, as does the peer."""

@@ -1,0 +1,151 @@
+"""``vhostuser trace``: options, sockets, where the events are written.
+
+What belongs here: the command. What does not: passing messages on (``relay``), how an event looks (``text``,
+``jsonlines``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from vhostuser.dataplane import new_event_loop
+from vhostuser.tools.endpoint import EndpointError, listen
+from vhostuser.tools.service import Parser
+from vhostuser.tools.trace import jsonlines, text
+from vhostuser.tools.trace.desk import Desk
+from vhostuser.tools.trace.events import Event
+from vhostuser.tools.trace.faults import Fault, FaultError, Kind, parse
+from vhostuser.tools.trace.observer import Observer
+from vhostuser.tools.trace.tracer import Tracer
+
+_EPILOG = """\
+The front-end is started with the socket of --listen, the back-end with that of --connect. SIGUSR1 prints the state of
+the rings and who waits for whom.
+
+MESSAGE is a name of docs/messages.md, with .reply behind it for its answer, or any. The back-end's own requests begin
+with BACKEND_. docs/trace.md explains the output.
+
+exit status: 0 ended by a signal or --once, 1 a socket cannot be had, 2 wrong options
+"""
+
+
+def main(program: str, arguments: Sequence[str]) -> int:
+    """The exit status; wrong options end the process with 2."""
+    options = _parse(program, arguments)
+    try:
+        _run(options)
+    except (EndpointError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(program, "Passes everything on between a front-end and a back-end, and says what it sees.")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("--listen", metavar="PATH", required=True, help="socket for front-ends")
+    parser.add_argument("--connect", metavar="PATH", required=True, help="socket of the back-end")
+    parser.add_argument("--once", action="store_true", help="exit when the first front-end has gone")
+    parser.add_argument("--json", metavar="FILE", help="write JSON lines; - is stdout, in the place of text")
+    parser.add_argument("--quiet", action="store_true", help="no text")
+    parser.add_argument(
+        "--patience", metavar="SECONDS", type=_seconds, default=1.0, help="when a missing answer is told, default 1"
+    )
+    for kind, metavar, what in (
+        (Kind.DELAY, "MS[@MESSAGE]", "hold each message back"),
+        (Kind.DROP_FD, "MESSAGE", "take the descriptors away"),
+        (Kind.CORRUPT, "MESSAGE", "invert the payload's first byte, or the flags of an empty message"),
+        (Kind.KILL_AFTER, "MESSAGE|N", "hang up on both behind it, or behind the Nth message"),
+    ):
+        parser.add_argument(
+            f"--{kind.value}", dest="faults", action="append", metavar=metavar, type=_fault(kind), help=what
+        )
+    options = parser.parse_args(arguments)
+    if options.listen == options.connect:
+        parser.error("--listen and --connect are the same socket: the back-end's is that of --connect")
+    return options
+
+
+def _fault(kind: Kind) -> Callable[[str], Fault]:
+    def one(value: str) -> Fault:
+        try:
+            return parse(kind, value)
+        except FaultError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return one
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number of seconds up to 3600")
+    return seconds
+
+
+# ---- the run
+
+
+def _run(options: argparse.Namespace) -> None:
+    _raise_fd_limit()
+    with contextlib.ExitStack() as closing:
+        began = time.monotonic_ns()
+        desk = Desk(Observer(int(options.patience * 1e9)), _writers(options, closing), began)
+        closing.callback(desk.close)
+        endpoint = listen(options.listen)
+        closing.callback(endpoint.close)
+        tracer = Tracer(options.connect, desk.report, options.faults or (), began)
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_until_stopped(tracer, tracer.listen(endpoint, once=options.once)))
+
+
+def _raise_fd_limit() -> None:
+    """Others' descriptors pass through our table."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def _until_stopped(tracer: Tracer, work: Coroutine[None, None, None]) -> None:
+    loop = asyncio.get_running_loop()
+    working = asyncio.ensure_future(work)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, working.cancel)
+    loop.add_signal_handler(signal.SIGUSR1, tracer.status)
+    with contextlib.suppress(asyncio.CancelledError):
+        await working
+
+
+def _writers(options: argparse.Namespace, closing: contextlib.ExitStack) -> list[Callable[[Event], None]]:
+    """Where events go: text to stdout, JSON lines beside it or in its place."""
+    writers: list[Callable[[Event], None]] = []
+    if not options.quiet and options.json != "-":
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        writers.append(partial(_write, sys.stdout, partial(text.lines, colour=colour)))
+    if options.json:
+        writers.append(partial(_write, closing.enter_context(_output(options.json)), jsonlines.line))
+    return writers
+
+
+def _output(name: str) -> contextlib.AbstractContextManager[TextIO]:
+    return contextlib.nullcontext(sys.stdout) if name == "-" else Path(name).open("w")
+
+
+def _write(out: TextIO, line: Callable[[Event], str], event: Event) -> None:
+    """Somebody who no longer reads ends the writing, not the connection."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line(event), file=out, flush=True)

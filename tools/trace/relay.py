@@ -1,0 +1,246 @@
+"""Passes everything on between two sockets: bytes, descriptors, the ends of streams, hang-ups.
+
+What belongs here: what goes where and when, who owns each descriptor meanwhile, the second socket that a back-end is
+given. What does not: what the bytes mean; the only message that this file knows is the one that brings that socket.
+
+Messages are cut as ``codec.Reader`` cuts them, and for the same reason; but nothing is objected to. A header waits
+until its twelve bytes are here, and goes on together with as much of the payload as has come with it. Everything is
+passed on before it is looked at, and looked at elsewhere (``observer``). A message whose size is nonsense makes
+everything after it its payload, which passes as well; where the sender has put descriptors into the middle of a
+message, they go with the bytes that they were received with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from vhostuser.channel import Channel, Fds
+from vhostuser.protocol import HEADER_SIZE, FrontendRequest, Header, RemoteProtocolError
+from vhostuser.protocol.witness import LARGEST_BODY, Side, Wire
+from vhostuser.tools.trace.descriptors import describe, is_unix_stream
+from vhostuser.tools.trace.events import Descriptor, Notice, Over, Report, Sighting
+from vhostuser.tools.trace.faults import NOTHING, Faults, Plan
+
+Piece = tuple[bytes, Fds]
+
+
+@dataclass(slots=True)
+class _Passing:
+    """A message on its way. data: its bytes so far, up to LARGEST_BODY of payload. left: bytes still to come."""
+
+    began: int = 0
+    data: bytearray = field(default_factory=bytearray)
+    left: int = HEADER_SIZE
+    header: Header | None = None
+    fds: list[Descriptor] = field(default_factory=list)
+    late: int = 0
+    plan: Plan = NOTHING
+    sent: bool = False
+    ended: bool = False
+
+    @property
+    def wanted(self) -> int:
+        """Bytes to read next, at most; 0 when the message is complete."""
+        return min(self.left, LARGEST_BODY)
+
+    def add(self, piece: Piece) -> None:
+        data, fds = piece
+        if self.data:
+            self.late += len(fds)
+        else:
+            self.began = time.monotonic_ns()
+        self.data += data[: HEADER_SIZE + LARGEST_BODY - len(self.data)]
+        self.left -= len(data)
+        if self.header is None and not self.left:
+            self.header = Header.unpack(bytes(self.data))
+            self.left = self.header.size
+
+
+class Killed(Exception):
+    """The fault that was asked for: hang up on both."""
+
+
+class Stream:
+    """One direction of one socket.
+
+    passed: told of each message that is complete. replace: may put another descriptor in the place of one.
+    """
+
+    def __init__(
+        self,
+        source: Channel,
+        sink: Channel,
+        plan: Callable[[Header], Plan],
+        replace: Callable[[Header, Fds], Fds],
+        passed: Callable[[_Passing], None],
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._plan = plan
+        self._replace = replace
+        self._passed = passed
+
+    async def run(self) -> int:
+        """Until the source has hung up, or ended what it sends and then hung up. Returns bytes of a half message."""
+        half = 0
+        with contextlib.suppress(ConnectionError):  # then the other direction sees the hang-up
+            half = await self._messages()
+            self._sink.finish()
+        await self._source.hung_up()
+        return half
+
+    async def _messages(self) -> int:
+        while True:
+            passing = _Passing()
+            while passing.wanted:
+                pieces = await self._arrived(passing)
+                await self._pass_on(passing, pieces)
+                if passing.ended:
+                    return len(passing.data)
+            self._passed(passing)
+            if passing.plan.kill:
+                raise Killed
+
+    async def _arrived(self, passing: _Passing) -> list[Piece]:
+        """The next pieces of a message: its whole header, or more of its payload. None at the end of the stream."""
+        pieces: list[Piece] = []
+        while passing.header is None or not pieces:
+            piece = await self._source.receive(passing.wanted)
+            if not piece[0]:
+                passing.ended = True
+                return pieces
+            passing.add(piece)
+            pieces.append(piece)
+            if not passing.wanted:
+                return pieces
+        more = self._source.at_hand(passing.wanted)
+        if more and more[0]:
+            passing.add(more)
+            pieces.append(more)
+        return pieces
+
+    async def _pass_on(self, passing: _Passing, pieces: list[Piece]) -> None:
+        """Sends what has come, as one where no descriptors lie in between; then looks at the descriptors."""
+        if not passing.sent and passing.header is not None:
+            passing.plan = self._plan(passing.header)
+            await asyncio.sleep(passing.plan.delay) if passing.plan.delay else None
+        for data, fds in _joined(pieces):
+            await self._send(passing, data, fds)
+
+    async def _send(self, passing: _Passing, data: bytes, fds: Fds) -> None:
+        with contextlib.closing(fds):
+            if passing.header is not None and not passing.sent:
+                data = passing.plan.corrupted(data)
+                fds = self._replace(passing.header, fds)
+            with contextlib.closing(fds):
+                await self._sink.send(data, () if passing.plan.drop else tuple(fds))
+                passing.sent = True
+                passing.fds += map(describe, fds)
+
+
+def _joined(pieces: list[Piece]) -> Iterator[Piece]:
+    """Pieces, each with those behind it that have no descriptors."""
+    while pieces:
+        data, fds = pieces.pop(0)
+        while pieces and not len(pieces[0][1]):
+            data += pieces.pop(0)[0]
+        yield data, fds
+
+
+class Session:
+    """One front-end and the back-end that it wants. Owns both sockets, and those of the back-end's own channel.
+
+    report: is told of everything that has passed; must not take long. began: when the trace began, in nanoseconds.
+    """
+
+    def __init__(self, number: int, report: Report, faults: Faults, *, began: int = 0) -> None:
+        self._number = number
+        self._report = report
+        self._faults = faults
+        self._began = began
+        self._links: set[asyncio.Task[None]] = set()
+
+    async def run(self, frontend: socket.socket, backend: socket.socket) -> None:
+        """Until one of them has hung up; the back-end's channel ends with it."""
+        try:
+            await self._link(Wire.MAIN, frontend, backend)
+        finally:
+            for link in self._links:
+                link.cancel()
+            await asyncio.gather(*self._links, return_exceptions=True)
+            self._report(Over(time.monotonic_ns() - self._began, self._number))
+
+    def notice(self, text: str) -> None:
+        """Something that is worth a line."""
+        self._report(Notice(time.monotonic_ns() - self._began, self._number, text))
+
+    async def _link(self, wire: Wire, frontend: socket.socket, backend: socket.socket) -> None:
+        """Both directions of one socket, until one side has hung up."""
+        with contextlib.ExitStack() as closing:
+            near, far = (_channel(closing, sock) for sock in (frontend, backend))
+            directions = {
+                asyncio.ensure_future(self._stream(wire, Side.FRONTEND, near, far).run()): Side.FRONTEND,
+                asyncio.ensure_future(self._stream(wire, Side.BACKEND, far, near).run()): Side.BACKEND,
+            }
+            try:
+                done, _ = await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for direction in directions:
+                    direction.cancel()
+                await asyncio.gather(*directions, return_exceptions=True)
+            for direction in done:
+                self._ended(wire, directions[direction], direction)
+
+    def _ended(self, wire: Wire, side: Side, direction: asyncio.Future[int]) -> None:
+        try:
+            half = direction.result()
+        except Killed:
+            self.notice(f"{wire.value} socket: hung up on both, as asked (--kill-after)")
+        except (OSError, RemoteProtocolError) as error:
+            self.notice(f"{wire.value} socket: cannot go on: {error}")
+        else:
+            middle = f", {half} bytes into a message" if half else ""
+            self.notice(f"{wire.value} socket: the {side.value} has hung up{middle}")
+
+    def _stream(self, wire: Wire, sender: Side, source: Channel, sink: Channel) -> Stream:
+        asks = sender is wire.asker
+        brings_channel = wire is Wire.MAIN and asks
+        return Stream(
+            source,
+            sink,
+            lambda header: self._faults.plan(wire, header, request=asks),
+            self._replace if brings_channel else lambda header, fds: fds,
+            lambda passing: self._passed(wire, sender, passing),
+        )
+
+    def _replace(self, header: Header, fds: Fds) -> Fds:
+        """Takes the socket of the back-end's channel and gives one of ours in its place."""
+        if header.request != FrontendRequest.SET_BACKEND_REQ_FD or len(fds) != 1 or not is_unix_stream(fds[0]):
+            return fds
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        link = self._link(Wire.BACKEND, socket.socket(fileno=fds.take()), ours)
+        task = asyncio.ensure_future(link)
+        self._links.add(task)
+        task.add_done_callback(self._links.discard)
+        return Fds((theirs.detach(),))
+
+    def _passed(self, wire: Wire, sender: Side, passing: _Passing) -> None:
+        at, held = passing.began - self._began, time.monotonic_ns() - passing.began
+        self._report(
+            Sighting(
+                at, self._number, wire, sender, bytes(passing.data), tuple(passing.fds), passing.late, held,
+                passing.plan.words,
+            )
+        )  # fmt: skip
+
+
+def _channel(closing: contextlib.ExitStack, sock: socket.socket) -> Channel:
+    closing.callback(sock.close)
+    channel = Channel(sock)
+    closing.callback(channel.close)
+    return channel
