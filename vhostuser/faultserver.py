@@ -309,8 +309,11 @@ class FaultServer:
     def _run(self, source: PageSource, number: int) -> None:
         try:
             source.run(self._feed, number)
-        except (SourceLost, OSError, LookupError) as error:
+        # Whatever it is, also a mistake in a source of the caller's: who waits for its pages has to be told.
+        except Exception as error:
             self._lose(error)
+        else:
+            self._lose(SourceLost(f"the source's thread {number} has ended before it was asked to"))
 
     def _lose(self, error: Exception) -> None:
         with self._lock:

@@ -72,7 +72,11 @@ class PageSource(Protocol):
     """How many threads run ``run``."""
 
     def run(self, feed: Feed, number: int) -> None:
-        """Brings pages until ``feed.next`` returns None; on thread ``number``, from 0. Raises SourceLost or OSError."""
+        """Brings pages until ``feed.next`` returns None; on thread ``number``, from 0.
+
+        Raises SourceLost or OSError. Any other exception, and an end before that None, count as the loss of the source
+        too.
+        """
 
     def interrupt(self) -> None:
         """Ends what ``run`` may wait for, apart from ``feed.next``. From any thread, at any time."""

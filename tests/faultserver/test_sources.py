@@ -231,12 +231,13 @@ def check_all(server: FaultServer, readers: list[Any], background: bool) -> None
     assert server.stats().placed == 1024
 
 
-def test_a_source_that_fails_pauses_until_it_is_asked_again(bed: Bed) -> None:
+@pytest.mark.parametrize("failure", [SourceLost("not now"), ZeroDivisionError("not now")], ids=["lost", "mistaken"])
+def test_a_source_that_fails_pauses_until_it_is_asked_again(bed: Bed, failure: Exception) -> None:
     working = threading.Event()
 
     def fetch(guest: int, length: int) -> bytes:
         if not working.is_set():
-            raise SourceLost("not now")
+            raise failure
         return content(guest, length)
 
     memory = bed.memory()
@@ -250,6 +251,14 @@ def test_a_source_that_fails_pauses_until_it_is_asked_again(bed: Bed) -> None:
     server.resume()
     assert good(process.answers(2))
     assert client.stats().woken == 2
+
+
+def test_a_source_that_ends_too_early_is_lost(bed: Bed) -> None:
+    source = CallableSource(content)
+    source.run = lambda feed, number: None  # type: ignore[method-assign]
+    server = bed.server(bed.memory(), source)
+    until(lambda: server.lost, "the source is lost")
+    assert "ended before" in str(server.lost)
 
 
 def test_another_source_takes_over(bed: Bed) -> None:
