@@ -112,6 +112,7 @@ async def test_pause_and_recovery(bench: Bench) -> None:
         await migration.pause()
         assert await scene.backend.state()
         await migration.recover()
+        await migration.release()
         await migration.completed()
     await scene.check()
 

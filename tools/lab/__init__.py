@@ -10,6 +10,7 @@ test: a back-end is a command line that serves a Unix socket.
 * ``migration``: precopy, postcopy, recovery
 * ``trace``, ``maps``, ``observation``: what QEMU, the kernel and the back-end tell of faults and of who maps what
 * ``workload``: what the guest does with its disk and memory, and how it is known that it did it right
+* ``memory``: which pages a machine's memory has, and that the kernel takes none of them back
 * ``hugepages``: free 2 MiB pages
 * ``bench``: one test's directory, processes and disks, released together
 """
