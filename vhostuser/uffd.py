@@ -25,7 +25,11 @@ DEVICE = "/dev/userfaultfd"
 
 
 class Feature(enum.IntFlag):
-    """What a kernel's userfaultfd can do, the part that matters here (UFFD_FEATURE_ in linux/userfaultfd.h)."""
+    """What a kernel's userfaultfd can do (UFFD_FEATURE_ in linux/userfaultfd.h), the part that matters here.
+
+    Each may be asked for when one is opened. EVENT_ ones may not be among them: whoever changes a mapping would wait
+    for somebody to read its event.
+    """
 
     MISSING_HUGETLBFS = 1 << 4
     MISSING_SHMEM = 1 << 5
@@ -34,6 +38,13 @@ class Feature(enum.IntFlag):
     POISON = 1 << 14
     MOVE = 1 << 16
 
+
+FEATURE_NAMES = (
+    "PAGEFAULT_FLAG_WP", "EVENT_FORK", "EVENT_REMAP", "EVENT_REMOVE", "MISSING_HUGETLBFS", "MISSING_SHMEM",
+    "EVENT_UNMAP", "SIGBUS", "THREAD_ID", "MINOR_HUGETLBFS", "MINOR_SHMEM", "EXACT_ADDRESS", "WP_HUGETLBFS_SHMEM",
+    "WP_UNPOPULATED", "POISON", "WP_ASYNC", "MOVE",
+)  # fmt: skip
+"""Of all features by bit number, up to Linux 6.8."""
 
 NEEDED_FOR_POSTCOPY = Feature.MISSING_SHMEM | Feature.MISSING_HUGETLBFS
 
@@ -244,6 +255,30 @@ def _through(ways: Sequence[_Way], call: Callable[[int], int]) -> int:
             failures.append((f"{way.name}: {os.strerror(number)} ({name})", way.cure(number)))
     tried, cures = zip(*failures, strict=True)
     raise NotPermitted(f"no userfaultfd: {'; '.join(tried)}. Cure: {'; or '.join(cures)}")
+
+
+class Attempt(NamedTuple):
+    """One way to a userfaultfd, tried. errno: 0 where it worked, then with the kernel's features; else with a cure."""
+
+    way: str
+    errno: int
+    features: int = 0
+    cure: str = ""
+
+
+def attempts(device_fd: int = -1) -> list[Attempt]:
+    """Tries every way on its own, by throw-away descriptors; never raises."""
+    return [_attempt(way) for way in _ways(device_fd)]
+
+
+def _attempt(way: _Way) -> Attempt:
+    found = ffi.new("uint64_t *")
+    try:
+        way.attempt(lambda fd: lib.vu_uffd_features(fd, found))
+    except OSError as error:
+        number = error.errno or errno.EIO
+        return Attempt(way.name, number, cure=way.cure(number))
+    return Attempt(way.name, 0, int(found[0]))
 
 
 # ---- touch threads
