@@ -168,9 +168,12 @@ class Peer:
         await self.frontend.send_raw(Header(code, flags, len(body)).pack() + body, fds)
 
     async def react(
-        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION | NEED_REPLY
+        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int | None = None
     ) -> Reaction:
-        """Sends a message of any content, and sees how it is taken; by default it asks for an answer."""
+        """Sends a message of any content, and sees how it is taken; by default it asks for an answer where it has no
+        reply of its own."""
+        if flags is None:
+            flags = VERSION if self._replies(code) else VERSION | NEED_REPLY
         try:
             await self.send(code, payload, fds, flags=flags)
         except ConnectionError:
@@ -189,20 +192,37 @@ class Peer:
         message.fds.close()
         if message.header.request != code:
             raise Violation(f"an answer to request {code}", f"an answer to request {message.header.request}")
-        kind = Kind.REFUSED if _says_no(code, message.body, count) else Kind.DONE
+        kind = Kind.REFUSED if self._says_no(code, message.body, count) else Kind.DONE
         return Reaction(kind, message.header.flags, message.body, count)
 
+    def _replies(self, code: int) -> bool:
+        """Has the message a reply of its own as things stand?"""
+        return code in FRONTEND and self.frontend.session.replies(FrontendRequest(code))
+
+    def _says_no(self, code: int, body: bytes, fds: int) -> bool:
+        """Does a reply of this content refuse the request?"""
+        if not self._replies(code):
+            return body != U64(0).pack()
+        row = FRONTEND[code]
+        if row.refusal is None:
+            return False
+        kind = next((kind for kind in row.reply if len(body) in kind.sizes), None)
+        if kind is None:
+            raise Violation(f"a reply to {row} as the specification has it", f"{len(body)} bytes")
+        request = row.request[0].unpack(bytes(row.request[0].sizes[0]))
+        return row.refusal.told(request, kind.unpack(body), fds)
+
     async def refuses(
-        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION | NEED_REPLY
+        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int | None = None
     ) -> None:
         """The message must not be taken for done: a refusal, or the end of the connection."""
-        if not self.frontend.session.has(ProtocolFeature.REPLY_ACK) and not _has_reply(code):
+        if not self.frontend.session.has(ProtocolFeature.REPLY_ACK) and not self._replies(code):
             raise Skipped("without REPLY_ACK a refusal cannot be seen")
         reaction = await self.react(code, payload, fds, flags=flags)
         check(reaction.kind in (Kind.REFUSED, Kind.CLOSED), "a refusal, or the connection closed", str(reaction))
 
     async def accepts(
-        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int = VERSION | NEED_REPLY
+        self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int | None = None
     ) -> Reaction:
         """The message must be answered, and not with no."""
         reaction = await self.react(code, payload, fds, flags=flags)
@@ -261,21 +281,3 @@ class Peer:
             return len(list(Path(f"/proc/{self.subject.pid}/fd").iterdir()))
         except OSError as error:
             raise Skipped(f"the back-end's descriptors cannot be counted: {error.strerror}") from None
-
-
-def _has_reply(code: int) -> bool:
-    return code in FRONTEND and bool(FRONTEND[code].reply)
-
-
-def _says_no(code: int, body: bytes, fds: int) -> bool:
-    """Does a reply of this content refuse the request?"""
-    row = FRONTEND.get(code)
-    if row is None or not row.reply:
-        return body != U64(0).pack()
-    if row.refusal is None:
-        return False
-    kind = next((kind for kind in row.reply if len(body) in kind.sizes), None)
-    if kind is None:
-        raise Violation(f"a reply to {row} as the specification has it", f"{len(body)} bytes")
-    request = row.request[0].unpack(bytes(row.request[0].sizes[0]))
-    return row.refusal.told(request, kind.unpack(body), fds)

@@ -43,14 +43,18 @@ class Subject:
         self._patience = patience
         self._output = directory / "output"
         self._process: asyncio.subprocess.Process | None = None
+        self._visited = False
+        self._killed = False
         self.pid: int | None = None
         """Of the process at the other end of the last connection, where the kernel tells."""
 
     async def connect(self) -> Frontend:
         """A new connection; starts the process if it does not run. Raises Unreachable."""
         if self._command and not self.lives:
+            self._check_end()
             await self._start()
         sock = await self._connected()
+        self._visited = True
         with contextlib.suppress(OSError):
             self.pid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
         frontend = Frontend(sock)
@@ -59,6 +63,7 @@ class Subject:
 
     async def _start(self) -> None:
         self._path.unlink(missing_ok=True)
+        self._visited = self._killed = False
         with self._output.open("ab") as output:
             try:
                 self._process = await asyncio.create_subprocess_exec(
@@ -79,27 +84,39 @@ class Subject:
                 return sock
             except OSError as error:
                 sock.close()
-                if self._process is not None and self._process.returncode is not None:
-                    raise Unreachable(f"the back-end ended: {self._end()}") from None
+                if self._command and not self.lives:
+                    await self._start_again()
                 if loop.time() > deadline:
                     raise Unreachable(f"{self._path}: {error.strerror}") from None
             await asyncio.sleep(_AGAIN)
 
+    def _check_end(self) -> None:
+        """Raises Violation if our process was ended by a signal that was not ours."""
+        status = 0 if self._process is None else self._process.returncode or 0
+        if status < 0 and not self._killed:
+            raise Violation("the process to survive what a front-end does", self._end())
+
+    async def _start_again(self) -> None:
+        """For a back-end that serves one front-end and ends, while we come with the next."""
+        self._check_end()
+        if not self._visited:
+            raise Unreachable(f"the back-end ended: {self._end()}")
+        await self._start()
+
     async def kill(self) -> None:
         """Ends our process as a crash would (SIGKILL)."""
+        self._killed = True
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
 
-    async def ended(self, within: float) -> int | None:
-        """The status of our process if it ends ``within`` so many seconds: negative for a signal, as in subprocess."""
-        if self._process is None:
-            return None
+    async def _ended(self, within: float) -> None:
+        """Returns when our process has ended, or after so many seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):
-                await self._process.wait()
-        return self._process.returncode
+                if self._process is not None:
+                    await self._process.wait()
 
     @property
     def lives(self) -> bool:
@@ -112,10 +129,9 @@ class Subject:
         self._directory.cleanup()
 
     async def survived(self, quiet: float) -> None:
-        """Raises Violation if our process was killed by a signal of its own making, now or within ``quiet`` seconds."""
-        status = await self.ended(quiet)
-        if status is not None and status < 0:
-            raise Violation("the process to survive what a front-end does", self._end())
+        """Raises Violation if our process was ended by a signal that was not ours, now or within ``quiet`` seconds."""
+        await self._ended(quiet)
+        self._check_end()
 
     def _end(self) -> str:
         """How our process ended, and its last words."""

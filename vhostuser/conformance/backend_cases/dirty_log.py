@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 from vhostuser.conformance.bench import Need
@@ -236,6 +237,7 @@ async def _(peer: Peer) -> None:
         await peer.react(F.SET_FEATURES, (peer.frontend.session.features | ALL.mask).to_bytes(8, "little"))
         lane.offer(READ)
         lane.kick()
+        await asyncio.sleep(peer.quiet)
         await peer.serves_another()
     finally:
         log.close()
@@ -247,6 +249,7 @@ async def _(peer: Peer) -> None:
     os.truncate(log.fd, 0)
     lane.offer(READ)
     lane.kick()
+    await asyncio.sleep(peer.quiet)
     await peer.serves_another()
 
 

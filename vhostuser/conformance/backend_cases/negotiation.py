@@ -96,9 +96,9 @@ async def _(peer: Peer) -> None:
     await peer.refuses(F.SET_PROTOCOL_FEATURES, U64(session.protocol_features | unoffered))
 
 
-@CASES.must("subset", "A front-end that wants no feature but bit 30 is served.", ACK)
+@CASES.must("subset", "A front-end that wants no protocol feature but REPLY_ACK is served.", ACK)
 async def _(peer: Peer) -> None:
-    await peer.frontend.negotiate(BIT_30.mask, ACK.mask)
+    await peer.frontend.negotiate(PLAIN, ACK.mask)
     await peer.accepts(F.SET_OWNER)
 
 
