@@ -32,6 +32,7 @@ from vhostuser.protocol import (
     Header,
     Payload,
     ProtocolFeature,
+    RequestRefused,
     VirtioFeature,
 )
 
@@ -39,6 +40,7 @@ MIB = 1 << 20
 MEMORY = 8 * MIB
 RINGS = 64 * 1024
 """Guest memory for each ring, from address 0 on; requests follow from 1 MiB on."""
+_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 PLAIN = VirtioFeature.VERSION_1.mask | VirtioFeature.PROTOCOL_FEATURES.mask
 
 
@@ -110,6 +112,17 @@ class Peer:
         memory = SharedMemory(*(regions or [(0, MEMORY)]), hugetlb=hugetlb)
         self._owned.callback(memory.close)
         return memory
+
+    def make_huge_memory(self, size: int) -> SharedMemory:
+        """Memory of huge pages. Raises Skipped where there are not twice as many to spare."""
+        counts = (_HUGE_PAGES / name for name in ("free_hugepages", "resv_hugepages"))
+        try:
+            free, reserved = (int(count.read_text()) for count in counts)
+            if (free - reserved) * 2 * MIB < 2 * size:
+                raise Skipped("this machine has no huge pages of 2 MiB to spare")
+            return self.make_memory((0, size), hugetlb=True)
+        except (OSError, RequestRefused) as error:
+            raise Skipped(f"this machine has no huge pages of 2 MiB: {error}") from None
 
     @property
     def memory(self) -> SharedMemory:

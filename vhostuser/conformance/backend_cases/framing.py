@@ -6,7 +6,9 @@ and does not take it for done is a MUST here; how it says so is its own affair.
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 
 from vhostuser.conformance.peer import Kind, Peer, Reaction
@@ -111,7 +113,7 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     await peer.negotiate()
     message = Header(F.SET_VRING_NUM, VERSION | NEED_REPLY, 8).pack() + VringState(peer.index, 64).pack()
-    await peer.frontend.send_raw([message[n : n + 1] for n in range(len(message))])
+    await _in_pieces(peer, [message[n : n + 1] for n in range(len(message))])
     equal("the answer", await _answer(peer, F.SET_VRING_NUM), 0)
 
 
@@ -119,8 +121,14 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     await peer.negotiate()
     header = Header(F.SET_VRING_NUM, VERSION | NEED_REPLY, 8).pack()
-    await peer.frontend.send_raw([header, VringState(peer.index, 64).pack()])
+    await _in_pieces(peer, [header, VringState(peer.index, 64).pack()])
     equal("the answer", await _answer(peer, F.SET_VRING_NUM), 0)
+
+
+async def _in_pieces(peer: Peer, pieces: Sequence[bytes]) -> None:
+    for piece in pieces:
+        await peer.frontend.send_raw(piece)
+        await asyncio.sleep(0.002)  # or the kernel would join them
 
 
 async def _answer(peer: Peer, code: FrontendRequest) -> int:

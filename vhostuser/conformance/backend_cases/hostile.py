@@ -85,7 +85,7 @@ def _(lane: Lane) -> None:
 
 @_case("loop", "A chain that turns in a circle does no harm.")
 def _(lane: Lane) -> None:
-    lane.raw.describe(1, lane.buffers().data, 512, NEXT | WRITE, 0)
+    lane.raw.describe(2, lane.buffers().status, 1, NEXT | WRITE, 1)
     lane.push(0)
 
 
@@ -146,7 +146,7 @@ def _(lane: Lane) -> None:
 @_case("indirect-loop", "A table that turns in a circle does no harm.", INDIRECT)
 def _(lane: Lane) -> None:
     _tabled(lane)
-    lane.raw.describe_at(AWAY, 1, lane.buffers().data, 512, NEXT | WRITE, 0)
+    lane.raw.describe_at(AWAY, 2, lane.buffers().status, 1, NEXT | WRITE, 1)
 
 
 @_case("indirect-link-outside", "A link out of a table does no harm.", INDIRECT)

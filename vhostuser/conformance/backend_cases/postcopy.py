@@ -9,16 +9,18 @@ import asyncio
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 from vhostuser.conformance.bench import Need
-from vhostuser.conformance.lane import Lane
-from vhostuser.conformance.peer import MIB, Peer
-from vhostuser.conformance.suite import Skipped, Theme, Violation, check, equal
+from vhostuser.conformance.lane import AREA, Lane
+from vhostuser.conformance.peer import MIB, RINGS, Peer
+from vhostuser.conformance.suite import Theme, Unreachable, Violation, check, equal
 from vhostuser.drivers.blk import BlkRequest
-from vhostuser.faultserver import FaultServer
+from vhostuser.faultserver import Client, FaultServer
+from vhostuser.faultstats import ClientStats
 from vhostuser.frontend import PostcopyClient, SharedMemory
-from vhostuser.pagesource import FilePiece, MappedFile
+from vhostuser.pagesource import CallableSource
 from vhostuser.protocol import (
     NEED_REPLY,
     VERSION,
@@ -37,45 +39,107 @@ PAGE = mmap.PAGESIZE
 PATTERN = bytes(range(1, 129)) * (PAGE // 128)
 
 
+class Held:
+    """Pages of zeros, of which one can be held back from whoever waits for it."""
+
+    def __init__(self) -> None:
+        self.page = -1
+        self._given = threading.Event()
+        self.source = CallableSource(self._fetch, threads=4)
+
+    def _fetch(self, guest: int, length: int) -> bytes:
+        if guest <= self.page < guest + length:
+            self._given.wait()
+        return bytes(length)
+
+    def give(self) -> None:
+        """Holds nothing back any more."""
+        self._given.set()
+
+
 class Migration:
     """A destination: memory full of holes, its fault server, and the back-end's part in it."""
 
-    def __init__(self, peer: Peer, client: PostcopyClient, memory: SharedMemory, server: FaultServer) -> None:
+    def __init__(self, peer: Peer, client: PostcopyClient, memory: SharedMemory) -> None:
         self.peer = peer
         self.client = client
         self.memory = memory
-        self.server = server
+        self.held = Held()
+        self.server = FaultServer(memory, self.held.source)
+        self._served: Client | None = None
+        peer.own(self.server.close)
+        peer.own(self.held.give)
 
-    async def lane(self, requests: int | None = None) -> Lane:
-        """A ring that runs in this memory; the front-end knows the bases. requests: their guest address."""
-        self.server.add_client("it", self.client.uffd, self.client.regions)
-        await self.client.acknowledge()
+    def serve(self) -> None:
+        """From here on the back-end's faults are served."""
+        self._served = self.server.add_client("the back-end", self.client.uffd, self.client.regions)
+
+    def stats(self) -> ClientStats:
+        """Of the back-end's faults."""
+        assert self._served is not None
+        return self._served.stats()
+
+    async def lane(
+        self, requests: int | None = None, *, acknowledge: tuple[FrontendRequest, PostcopyAck] | None = None
+    ) -> Lane:
+        """A ring that runs in this memory; the front-end knows the bases.
+
+        requests: their guest address. acknowledge: how it says so, where that is tried.
+        """
+        self.serve()
+        if acknowledge is None:
+            await self.client.acknowledge()
+        else:
+            await self.peer.send(*acknowledge)
+        # What we write ourselves comes first: a fault of ours would hold the whole suite up.
+        await self.bring(0, RINGS)
+        await self.bring(MIB if requests is None else requests, PAGE)
         lane = self.peer.make_lane(requests=requests)
         await lane.start()
+        await lane.works(BlkRequest.flush())
         return lane
 
-    def withhold_data(self, lane: Lane) -> int:
-        """Lets the page of the first request's data come only on demand, and not then; its guest address."""
-        guest = lane.buffers(slot=0).data
-        self.server.withhold(guest, PAGE)
-        return guest
-
-    async def fault_waits(self) -> None:
-        """Until the back-end waits for a page."""
+    async def bring(self, guest: int, length: int) -> None:
+        """Has these pages placed, whole ones of the region."""
+        size = self.memory.regions[0].region.page_size
+        first = guest - guest % size
+        pages = range(first, max(guest + length, first + size), size)
+        self.server.place(first, len(pages) * size)
         deadline = asyncio.get_running_loop().time() + self.peer.patience
-        while not self.server.clients[0].stats().faults:
+        while not all(map(self.present, pages)):
+            if asyncio.get_running_loop().time() > deadline:
+                raise Unreachable("the fault server brings no pages")
+            await asyncio.sleep(0.002)
+
+    async def blocked(self, lane: Lane) -> int:
+        """Has the back-end wait for the page of a request's data; its guest address."""
+        self.held.page = lane.buffers(slot=0).data
+        before = self.stats().faults
+        lane.offer(BlkRequest.read(0, 8))
+        lane.kick()
+        deadline = asyncio.get_running_loop().time() + self.peer.patience
+        while self.stats().faults == before:
             if asyncio.get_running_loop().time() > deadline:
                 raise Violation("a fault reported by the userfaultfd", "none, while a page that is needed is missing")
             await asyncio.sleep(0.002)
+        return self.held.page
 
     def present(self, guest: int) -> bool:
-        """Is this page of the memory's file there? Asking touches nothing."""
-        try:
-            return os.lseek(self.memory.fds[0], guest, os.SEEK_DATA) == guest
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return False
-            raise
+        """Is this page of the memory's files there? Asking touches nothing."""
+        for shared in self.memory.regions:
+            offset = guest - shared.region.guest
+            if 0 <= offset < shared.region.size:
+                return _has_data(shared.fd, offset + shared.region.offset)
+        raise LookupError(f"guest address {guest:#x}")
+
+
+def _has_data(fd: int, offset: int) -> bool:
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) == offset
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return False
+        raise
 
 
 async def _advised(peer: Peer, *features: ProtocolFeature) -> PostcopyClient:
@@ -86,27 +150,16 @@ async def _advised(peer: Peer, *features: ProtocolFeature) -> PostcopyClient:
 
 
 async def _migrate(
-    peer: Peer, *regions: tuple[int, int], by_slots: bool | None = None, hugetlb: bool = False
+    peer: Peer, *regions: tuple[int, int], by_slots: bool | None = None, memory: SharedMemory | None = None
 ) -> Migration:
     """Up to the bases, which the front-end has not acknowledged; by default of one region of 8 MiB."""
     client = await _advised(peer)
     await client.listen()
-    memory = peer.make_memory(*regions, hugetlb=hugetlb)
+    memory = memory or peer.make_memory(*regions)
     peer.adopt(memory)
-    source = MappedFile(*[_image(peer, region.region.guest, region.region.size) for region in memory.regions])
-    peer.own(source.close)
-    server = FaultServer(memory, source)
-    peer.own(server.close)
+    migration = Migration(peer, client, memory)
     await client.share(memory, by_slots=by_slots)
-    return Migration(peer, client, memory, server)
-
-
-def _image(peer: Peer, guest: int, size: int) -> FilePiece:
-    """Zeros, in a file of which every page is there."""
-    image = os.memfd_create("image", os.MFD_CLOEXEC)
-    os.truncate(image, size)
-    peer.own(lambda: os.close(image))
-    return FilePiece(guest, size, image)
+    return migration
 
 
 # ---- ADVISE
@@ -257,10 +310,7 @@ def _acknowledged(name: str, rule: str, *, by_slots: bool, empty: bool) -> None:
     @CASES.must(name, rule, PAGEFAULT, UFFD, DISK, *((SLOTS,) if by_slots else ()), section=TABLE)
     async def _(peer: Peer) -> None:
         migration = await _migrate(peer, by_slots=by_slots)
-        migration.server.add_client("it", migration.client.uffd, migration.client.regions)
-        await peer.send(F.ADD_MEM_REG if by_slots else F.SET_MEM_TABLE, PostcopyAck(empty))
-        lane = peer.make_lane()
-        await lane.start()
+        lane = await migration.lane(acknowledge=(F.ADD_MEM_REG if by_slots else F.SET_MEM_TABLE, PostcopyAck(empty)))
         await lane.works()
 
 
@@ -289,12 +339,20 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     migration = await _migrate(peer)
     lane = await migration.lane()
-    guest = migration.withhold_data(lane)
-    lane.offer(BlkRequest.read(0, 8))
-    lane.kick()
-    await migration.fault_waits()
-    equal("faults at other addresses", migration.server.clients[0].stats().stray, 0)
-    migration.server.release(guest, PAGE)
+    await migration.blocked(lane)
+    equal("faults at other addresses", migration.stats().stray, 0)
+    migration.held.give()
+    await lane.served()
+
+
+@CASES.must("waits", "A request waits for its page: it is not returned before that has come.", PAGEFAULT, UFFD, DISK)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    lane = await migration.lane()
+    await migration.blocked(lane)
+    await asyncio.sleep(peer.quiet)
+    check(not lane.returned(), "the request under way", "it was returned while its page was missing")
+    migration.held.give()
     await lane.served()
 
 
@@ -309,18 +367,23 @@ async def _(peer: Peer) -> None:
     equal("pages that were there before they were placed", migration.server.stats().present, 0)
 
 
+@CASES.should("no-more-than-needed", "Pages that nobody needs are not asked for.", PAGEFAULT, UFFD, DISK)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer)
+    lane = await migration.lane()
+    await lane.works()
+    await asyncio.sleep(peer.quiet)
+    faults = migration.stats().faults
+    check(faults < 100, "a fault for each page of the ring and of its requests", f"{faults} faults")
+
+
 @CASES.must("control", "While a page is waited for the front-end is answered.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
     migration = await _migrate(peer)
     lane = await migration.lane()
-    guest = migration.withhold_data(lane)
-    lane.offer(BlkRequest.read(0, 8))
-    lane.kick()
-    await migration.fault_waits()
-    try:
-        await peer.answers()
-    finally:
-        migration.server.release(guest, PAGE)
+    await migration.blocked(lane)
+    await peer.answers()
+    migration.held.give()
     await lane.served()
 
 
@@ -328,6 +391,7 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     migration = await _migrate(peer)
     lane = await migration.lane()
+    await migration.bring(lane.at, AREA)
     await lane.works(BlkRequest.write(0, PATTERN))
     (answer,) = await lane.works(BlkRequest.read(0, PAGE // 512))
     check(answer.data == PATTERN, "the bytes that were written", "others")
@@ -337,24 +401,29 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     migration = await _migrate(peer, (0, 4 * MIB), (1 << 32, 4 * MIB))
     lane = await migration.lane(requests=1 << 32)
-    guest = migration.withhold_data(lane)
-    lane.offer(BlkRequest.read(0, 8))
-    lane.kick()
-    await migration.fault_waits()
-    equal("faults at addresses of no region", migration.server.clients[0].stats().stray, 0)
-    migration.server.release(guest, PAGE)
+    await migration.blocked(lane)
+    equal("faults at addresses of no region", migration.stats().stray, 0)
+    migration.held.give()
+    await lane.served()
+
+
+@CASES.must(
+    "two-regions-in-table", "Faults are told apart by region where they came in a table.", PAGEFAULT, UFFD, DISK
+)
+async def _(peer: Peer) -> None:
+    migration = await _migrate(peer, (0, 4 * MIB), (1 << 32, 4 * MIB), by_slots=False)
+    lane = await migration.lane(requests=1 << 32)
+    await migration.blocked(lane)
+    migration.held.give()
     await lane.served()
 
 
 @CASES.must("hugetlb", "Pages of hugetlbfs are waited for like any others.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    try:
-        migration = await _migrate(peer, (0, 8 * MIB), hugetlb=True)
-    except OSError as error:
-        raise Skipped(f"this machine has no huge pages to spare: {error.strerror}") from None
-    lane = await migration.lane()
+    migration = await _migrate(peer, memory=peer.make_huge_memory(8 * MIB))
+    lane = await migration.lane(requests=4 * MIB)
     await lane.works()
-    check(migration.server.clients[0].stats().faults > 0, "faults", "none")
+    equal("pages that were there before they were placed", migration.server.stats().present, 0)
 
 
 # ---- END
@@ -400,10 +469,7 @@ async def _advised_again(peer: Peer) -> PostcopyClient:
 async def _(peer: Peer) -> None:
     migration = await _migrate(peer)
     lane = await migration.lane()
-    guest = migration.withhold_data(lane)
-    lane.offer(BlkRequest.read(0, 8))
-    lane.kick()
-    await migration.fault_waits()
+    guest = await migration.blocked(lane)
     peer.frontend.close()
     await asyncio.sleep(4 * peer.quiet)
     check(not migration.present(guest), "the hole left alone", "a page of zeros in the guest's memory")
@@ -413,10 +479,6 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     migration = await _migrate(peer)
     lane = await migration.lane()
-    guest = migration.withhold_data(lane)
-    lane.offer(BlkRequest.read(0, 8))
-    lane.kick()
-    await migration.fault_waits()
+    await migration.blocked(lane)
     await peer.again()
     await peer.answers()
-    migration.server.release(guest, PAGE)
