@@ -329,7 +329,7 @@ def features_enable() -> None:
     State._change = change  # type: ignore[method-assign]
 
 
-@fault("features.again-while-running", "features.bit-30-disables-nothing")
+@fault("features.bit-30-disables-nothing")
 def features_disable() -> None:
     right = State._change
 
@@ -457,7 +457,7 @@ _dies("circles", (lib.VU_E_LOOP,), "hostile.loop", "hostile.indirect-loop", "hos
 _dies("order", (lib.VU_E_ORDER,), "hostile.readable-after-writable")
 _dies("jumps", (lib.VU_E_INDEX,), "hostile.index-ahead", "hostile.index-back")
 _dies("numbers", (lib.VU_E_HEAD,), "hostile.head-outside", "hostile.head-far-outside", "hostile.next-outside")
-_dies("links_of_tables", (lib.VU_E_HEAD,), "hostile.indirect-link-outside", "hostile.over-the-ring")
+_dies("links_of_tables", (lib.VU_E_HEAD,), "hostile.indirect-link-outside")
 _dies("tables", (lib.VU_E_INDIRECT,), "hostile.indirect-odd", "hostile.indirect-empty", "hostile.indirect-nested")
 _dies("long_tables", (lib.VU_E_SIZE,), "hostile.indirect-huge")
 _dies("wraps", (lib.VU_E_OVERFLOW,), "hostile.buffer-wraps")

@@ -22,13 +22,15 @@ from vhostuser.frontend import Frontend
 
 _IMAGE = 64 << 20
 _AGAIN = 0.01
+# A busy machine takes its time to start a program; its answers are another matter.
+_STARTING = 10.0
 _UCRED = struct.Struct("3i")
 
 
 class Subject:
     """A back-end that listens on ``path``, or a process of ours, made of ``template`` by the first ``connect``.
 
-    template: see ``command_of``. patience: seconds to wait for it to listen, and for each of its answers. Owns the
+    template: see ``command_of``. patience: seconds to wait for each of its answers, and for it to listen unless we start it. Owns the
     process and a directory for it.
     """
 
@@ -75,7 +77,7 @@ class Subject:
     async def _connected(self) -> socket.socket:
         """Tries until somebody listens: a connection made only to look would count as a front-end."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._patience
+        deadline = loop.time() + (max(self._patience, _STARTING) if self._command else self._patience)
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
