@@ -30,8 +30,8 @@ _UCRED = struct.Struct("3i")
 class Subject:
     """A back-end that listens on ``path``, or a process of ours, made of ``template`` by the first ``connect``.
 
-    template: see ``command_of``. patience: seconds to wait for each of its answers, and for it to listen unless we start it. Owns the
-    process and a directory for it.
+    template: see ``command_of``. patience: seconds to wait for each of its answers, and for it to listen unless we
+    start it. Owns the process and a directory for it.
     """
 
     def __init__(self, path: Path | None, template: str = "", *, patience: float) -> None:
