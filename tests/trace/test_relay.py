@@ -184,6 +184,17 @@ async def test_who_hangs_up_is_gone_for_the_other(ends: Traced, dying: str) -> N
         other.send(b"x")
 
 
+async def test_descriptors_of_half_a_header_are_closed_with_the_connection(ends: Traced) -> None:
+    """They are still ours: nobody has seen them. The fixture counts what is left open."""
+    reading, writing = os.pipe()
+    socket.send_fds(ends.frontend, [b"half"], [reading, writing])
+    os.close(reading)
+    os.close(writing)
+    await asyncio.sleep(0)
+    ends.backend.close()
+    await ends.over()
+
+
 async def test_the_end_of_one_direction_leaves_the_other(ends: Traced) -> None:
     ends.frontend.shutdown(socket.SHUT_WR)
     assert await received(ends.backend, 1) == b""

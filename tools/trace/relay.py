@@ -31,7 +31,10 @@ Piece = tuple[bytes, Fds]
 
 @dataclass(slots=True)
 class _Passing:
-    """A message on its way. data: its bytes so far, up to LARGEST_BODY of payload. left: bytes still to come."""
+    """A message on its way. data: its bytes so far, up to LARGEST_BODY of payload. left: bytes still to come.
+
+    Owns the descriptors that came with it, until they are closed behind the sending, or with ``close``.
+    """
 
     began: int = 0
     data: bytearray = field(default_factory=bytearray)
@@ -42,6 +45,7 @@ class _Passing:
     plan: Plan = NOTHING
     sent: bool = False
     ended: bool = False
+    held: list[Fds] = field(default_factory=list)
 
     @property
     def wanted(self) -> int:
@@ -50,6 +54,7 @@ class _Passing:
 
     def add(self, piece: Piece) -> None:
         data, fds = piece
+        self.held.append(fds)
         if self.data:
             self.late += len(fds)
         else:
@@ -59,6 +64,11 @@ class _Passing:
         if self.header is None and not self.left:
             self.header = Header.unpack(bytes(self.data))
             self.left = self.header.size
+
+    def close(self) -> None:
+        """Whatever has become of it: nothing of it stays with us."""
+        for fds in self.held:
+            fds.close()
 
 
 class Killed(Exception):
@@ -96,18 +106,22 @@ class Stream:
 
     async def _messages(self) -> int:
         while True:
-            passing = _Passing()
-            while passing.wanted:
-                pieces = await self._arrived(passing)
-                await self._pass_on(passing, pieces)
+            with contextlib.closing(_Passing()) as passing:
+                await self._message(passing)
                 if passing.ended:
                     return len(passing.data)
-            self._passed(passing)
-            if passing.plan.kill:
-                raise Killed
+                self._passed(passing)
+                if passing.plan.kill:
+                    raise Killed
+
+    async def _message(self, passing: _Passing) -> None:
+        """Passes one message on, or what there is of it at the end of the stream."""
+        while passing.wanted and not passing.ended:
+            pieces = await self._arrived(passing)
+            await self._pass_on(passing, pieces)
 
     async def _arrived(self, passing: _Passing) -> list[Piece]:
-        """The next pieces of a message: its whole header, or more of its payload. None at the end of the stream."""
+        """The next pieces of a message: its whole header, or more of its payload; fewer at the end of the stream."""
         pieces: list[Piece] = []
         while passing.header is None or not pieces:
             piece = await self._source.receive(passing.wanted)
