@@ -12,6 +12,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -21,12 +22,13 @@ from typing import TextIO
 
 from vhostuser.dataplane import new_event_loop
 from vhostuser.tools.endpoint import EndpointError, listen
-from vhostuser.tools.service import Parser
+from vhostuser.tools.service import Parser, number
 from vhostuser.tools.trace import jsonlines, text
 from vhostuser.tools.trace.desk import Desk
 from vhostuser.tools.trace.events import Event
 from vhostuser.tools.trace.faults import Fault, FaultError, Kind, parse
 from vhostuser.tools.trace.observer import Observer
+from vhostuser.tools.trace.replay import TranscriptError, replay, steps
 from vhostuser.tools.trace.tracer import Tracer
 
 _EPILOG = """\
@@ -36,7 +38,8 @@ the rings and who waits for whom.
 MESSAGE is a name of docs/messages.md, with .reply behind it for its answer, or any. The back-end's own requests begin
 with BACKEND_. docs/trace.md explains the output.
 
-exit status: 0 ended by a signal or --once, 1 a socket cannot be had, 2 wrong options
+exit status: 0 ended by a signal or --once, or a replay was answered as recorded; 1 it was not, or a socket or file
+cannot be had; 2 wrong options
 """
 
 
@@ -44,8 +47,10 @@ def main(program: str, arguments: Sequence[str]) -> int:
     """The exit status; wrong options end the process with 2."""
     options = _parse(program, arguments)
     try:
+        if options.replay:
+            return asyncio.run(_replay(options))
         _run(options)
-    except (EndpointError, OSError) as error:
+    except (EndpointError, TranscriptError, OSError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -55,7 +60,12 @@ def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser(program, "Passes everything on between a front-end and a back-end, and says what it sees.")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("--listen", metavar="PATH", required=True, help="socket for front-ends")
+    side = parser.add_mutually_exclusive_group(required=True)
+    side.add_argument("--listen", metavar="PATH", help="socket for front-ends")
+    side.add_argument(
+        "--replay", metavar="FILE", type=Path, help="say what the front-end of this transcript (--json) said, and exit"
+    )
+    parser.add_argument("--connection", metavar="N", type=number(1, 1 << 31), default=1, help="of the transcript")
     parser.add_argument("--connect", metavar="PATH", required=True, help="socket of the back-end")
     parser.add_argument("--once", action="store_true", help="exit when the first front-end has gone")
     parser.add_argument("--json", metavar="FILE", help="write JSON lines; - is stdout, in the place of text")
@@ -114,6 +124,18 @@ def _run(options: argparse.Namespace) -> None:
             runner.run(_until_stopped(tracer, tracer.listen(endpoint, once=options.once)))
 
 
+async def _replay(options: argparse.Namespace) -> int:
+    script = steps(options.replay.read_text().splitlines(), options.connection)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(options.connect)
+    count = 0
+    async for different in replay(sock, script):
+        count += 1
+        print(f"{different.number} {different.name}: then {different.then}; now {different.now}")
+    print(f"{len(script)} requests of the front-end, {count} answered otherwise than then")
+    return int(count > 0)
+
+
 def _raise_fd_limit() -> None:
     """Others' descriptors pass through our table."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -123,8 +145,8 @@ def _raise_fd_limit() -> None:
 async def _until_stopped(tracer: Tracer, work: Coroutine[None, None, None]) -> None:
     loop = asyncio.get_running_loop()
     working = asyncio.ensure_future(work)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, working.cancel)
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(ending, working.cancel)
     loop.add_signal_handler(signal.SIGUSR1, tracer.status)
     with contextlib.suppress(asyncio.CancelledError):
         await working

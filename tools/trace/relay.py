@@ -43,7 +43,7 @@ class _Passing:
     fds: list[Descriptor] = field(default_factory=list)
     late: int = 0
     plan: Plan = NOTHING
-    sent: bool = False
+    gone: int = 0
     ended: bool = False
     held: list[Fds] = field(default_factory=list)
 
@@ -140,7 +140,7 @@ class Stream:
 
     async def _pass_on(self, passing: _Passing, pieces: list[Piece]) -> None:
         """Sends what has come, as one where no descriptors lie in between; then looks at the descriptors."""
-        if not passing.sent and passing.header is not None:
+        if not passing.gone and passing.header is not None:
             passing.plan = self._plan(passing.header)
             await asyncio.sleep(passing.plan.delay) if passing.plan.delay else None
         for data, fds in _joined(pieces):
@@ -148,12 +148,12 @@ class Stream:
 
     async def _send(self, passing: _Passing, data: bytes, fds: Fds) -> None:
         with contextlib.closing(fds):
-            if passing.header is not None and not passing.sent:
+            if passing.header is not None and not passing.gone:
                 data = passing.plan.corrupted(data)
                 fds = self._replace(passing.header, fds)
             with contextlib.closing(fds):
                 await self._sink.send(data, () if passing.plan.drop else tuple(fds))
-                passing.sent = True
+                passing.gone = time.monotonic_ns()
                 passing.fds += map(describe, fds)
 
 
@@ -244,7 +244,7 @@ class Session:
         return Fds((theirs.detach(),))
 
     def _passed(self, wire: Wire, sender: Side, passing: _Passing) -> None:
-        at, held = passing.began - self._began, time.monotonic_ns() - passing.began
+        at, held = passing.began - self._began, passing.gone - passing.began
         self._report(
             Sighting(
                 at, self._number, wire, sender, bytes(passing.data), tuple(passing.fds), passing.late, held,
