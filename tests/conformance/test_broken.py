@@ -33,7 +33,6 @@ POSTCOPY = {
     "end_not_answered": ["postcopy.end", "postcopy.end-again", "postcopy.second"],
     "fills_before_the_ack": ["postcopy.no-touch", "postcopy.no-hole-filled"],
     "listen_not_acked": ["postcopy.listen", "postcopy.listen-again"],
-    "prefaults": ["postcopy.waits"],
     "registers_nothing": ["postcopy.fault", "postcopy.no-hole-filled", "postcopy.loss-then-next"],
     "sends_an_idle_userfaultfd": ["postcopy.fault", "postcopy.loss"],
     "table_not_answered": ["postcopy.table", "postcopy.table-order"],
