@@ -10,6 +10,7 @@ the observer.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import pickle
 import select
@@ -23,8 +24,14 @@ from collections.abc import Callable, Iterable, Sequence
 from vhostuser.tools.trace.events import Event, Seen
 from vhostuser.tools.trace.observer import Observer
 
-_LARGEST = 1 << 18
-"""Bytes of one report: that of the largest message that is kept (witness.LARGEST_BODY) has room."""
+_NICE = 10
+"""Where processors are few, the two ends come first: an answer that is late changes what is looked at."""
+
+_LARGEST = 1 << 17
+"""Bytes of reports sent as one packet: that of the largest message that is kept (witness.LARGEST_BODY) has room."""
+
+_TOGETHER = 0.002
+"""Seconds for which reports are gathered, so that the other process does not wake while an answer is on its way."""
 
 
 class Desk:
@@ -40,11 +47,23 @@ class Desk:
             _work(self._sock, theirs, _Clerk(observer, writers, began))
         theirs.close()
         self._sock.setblocking(False)
+        self._batch = bytearray()
         self._unsent: deque[bytes] = deque()
 
     def report(self, seen: Seen) -> None:
         """To be written down; never waits. Belongs to the loop's thread."""
-        self._unsent.append(pickle.dumps(seen, pickle.HIGHEST_PROTOCOL))
+        report = pickle.dumps(seen, pickle.HIGHEST_PROTOCOL)
+        if len(self._batch) + len(report) > _LARGEST:
+            self._dispatch()
+        if not self._batch:
+            asyncio.get_running_loop().call_later(_TOGETHER, self._dispatch)
+        self._batch += report
+
+    def _dispatch(self) -> None:
+        if not self._batch:
+            return
+        self._unsent.append(bytes(self._batch))
+        self._batch.clear()
         if len(self._unsent) == 1 and not self._send():
             asyncio.get_running_loop().add_writer(self._sock, self._catch_up)
 
@@ -67,6 +86,8 @@ class Desk:
     def close(self) -> None:
         """After the loop has ended."""
         self._sock.setblocking(True)
+        if self._batch:
+            self._unsent.append(bytes(self._batch))
         self._send()
         self._sock.close()
         os.waitpid(self._process, 0)
@@ -77,6 +98,7 @@ def _work(theirs: socket.socket, ours: socket.socket, clerk: _Clerk) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     theirs.close()
+    os.nice(_NICE)
     try:
         clerk.run(ours)
     except Exception:
@@ -98,10 +120,11 @@ class _Clerk:
             if not select.select([sock], [], [], self._patience())[0]:
                 self._write(self._observer.overdue(self._now()))
                 continue
-            report = sock.recv(_LARGEST)
-            if not report:
+            batch = io.BytesIO(sock.recv(_LARGEST))
+            if not batch.getbuffer():
                 return
-            self._write(self._observer.see(pickle.loads(report)))
+            while batch.tell() < len(batch.getbuffer()):
+                self._write(self._observer.see(pickle.load(batch)))
 
     def _patience(self) -> float | None:
         due = self._observer.next_due()
