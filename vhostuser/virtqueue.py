@@ -27,7 +27,9 @@ BATCH = 128
 
 _PEEK = Struct(f"QQQ{lib.VU_PEEK}s")
 _SCRATCH = 64 * 1024
-# Looked up once: a device in Python calls them for every request.
+# Looked up once: a device in Python calls them for every request. For the same reason ``Request`` goes past the
+# property ``native``, which costs as much as the copy of a sector.
+_read = lib.vu_chain_read
 _write = lib.vu_chain_write
 _from_buffer = ffi.from_buffer
 
@@ -105,7 +107,14 @@ class Request:
     def read_into(self, buffer: bytearray | memoryview, offset: int = 0) -> int:
         """Copies readable bytes from ``offset`` into ``buffer``; returns how many. *Touches*. Raises MemoryLost."""
         target = _from_buffer(buffer, require_writable=True)
-        return _copied(lib.vu_chain_read(self._queue.native, self._chain, offset, target, len(target)))
+        try:
+            count: int = _read(self._queue._native, self._chain, offset, target, len(target))
+        except TypeError:
+            self._queue.native  # noqa: B018 (raises ValueError if the queue is closed)
+            raise
+        if count < 0:
+            raise MemoryLost
+        return count
 
     def write(self, data: bytes | bytearray | memoryview, offset: int = 0) -> int:
         """Copies ``data`` to ``offset`` of the writable bytes; returns how many there was room for. *Touches*.
@@ -114,7 +123,6 @@ class Request:
         """
         source = data if type(data) is bytes else _from_buffer(data)
         try:
-            # Past the property, which costs as much as the copy of a sector.
             count: int = _write(self._queue._native, self._chain, offset, source, len(source))
         except TypeError:
             self._queue.native  # noqa: B018 (raises ValueError if the queue is closed)
