@@ -1,0 +1,75 @@
+"""What a fault is, the list of all, and the places where our disk is patched by more than one of them.
+
+What belongs here: nothing about any one fault (the themes' modules).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from vhostuser.connection import HANDLERS, Connection
+from vhostuser.protocol import (
+    BackendSession,
+    FrontendRequest,
+    Outgoing,
+)
+
+F = FrontendRequest
+
+
+class Fault(NamedTuple):
+    """What to patch, and the cases that must fail."""
+
+    patch: Callable[[], None]
+    fails: tuple[str, ...]
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(*fails: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Declares the function under it as a fault of this name."""
+
+    def add(patch: Callable[[], None]) -> Callable[[], None]:
+        FAULTS[patch.__name__] = Fault(patch, fails)
+        return patch
+
+    return add
+
+
+def answering(change: Callable[[BackendSession, Any, Outgoing | None], Outgoing | None]) -> None:
+    """Has every answer changed: from the session, the request, and the answer that is right."""
+    right = BackendSession.finish
+
+    def finish(session: BackendSession, request: Any, outcome: Any = None) -> Outgoing | None:
+        return change(session, request, right(session, request, outcome))
+
+    BackendSession.finish = finish  # type: ignore[method-assign]
+
+
+def handling(code: F, change: Callable[[Connection, Any, Any], Any]) -> None:
+    """Has a request handled in another way: by the connection, the request, and what is right."""
+    right = HANDLERS[code]
+
+    async def handle(connection: Connection, request: Any) -> Any:
+        return await change(connection, request, right)
+
+    HANDLERS[code] = handle
+
+
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def number(code: F, change: Callable[[BackendSession, int], int]) -> None:
+    right = BackendSession._known
+
+    def known(session: BackendSession, request: Any) -> Any:
+        payload = right(session, request)
+        return replace(payload, value=change(session, payload.value)) if request.code is code else payload
+
+    BackendSession._known = known  # type: ignore[method-assign]
