@@ -11,8 +11,9 @@ NO_IO = {"os", "socket", "asyncio", "mmap", "select", "threading", "uvloop"}
 # module -> the modules of the project that it may import; a name stands for everything below it too.
 RUNTIME = {"protocol", "_native", "memory", "virtqueue", "uffd"}
 RUNTIME |= {"postcopy", "record", "channel", "device", "dataplane", "ring"}
+PARTED = ("faultserver", "frontend")  # packages whose modules are layers of their own
 FRONT = {"frontend.memory", "frontend.ring", "frontend.requests"}
-PAGES = {"placement", "faultstats", "pagesource", "pagefeed"}
+PAGES = {f"faultserver.{name}" for name in ("placement", "sources", "stats", "supply")}
 ALLOWED = {
     "memory": {"protocol", "_native"},
     "virtqueue": {"protocol", "_native", "memory", "uffd"},
@@ -40,18 +41,20 @@ ALLOWED = {
     "frontend.channel": {"protocol", "channel"},
     "frontend.postcopy": {"protocol", "frontend.calls"} | FRONT,
     "frontend.frontend": {"protocol", "raw", "frontend.calls", "frontend.channel", "frontend.postcopy"} | FRONT,
-    "placement": {"protocol", "uffd"},
-    "faultstats": set(),
-    "pagesource": {"protocol", "_native"},
-    "pagefeed": {"_native", "memory", "pagesource"},
-    "pagestream": {"pagesource", "threads"},
-    "faultserver": {"protocol", "_native", "memory", "uffd", "threads"} | PAGES,
+    "faultserver.placement": {"protocol", "uffd"},
+    "faultserver.stats": set(),
+    "faultserver.sources": {"protocol", "_native"},
+    "faultserver.feed": {"_native", "memory", "faultserver.sources"},
+    "faultserver.stream": {"faultserver.sources", "threads"},
+    "faultserver.supply": {"_native", "faultserver.feed", "faultserver.sources", "threads"},
+    "faultserver.server": {"protocol", "_native", "memory", "uffd", "threads"} | PAGES,
 }
 WITHOUT = {
-    "placement": {"asyncio", "socket"},
-    "pagefeed": {"asyncio", "socket"},
-    "pagesource": {"asyncio", "socket"},
-    "faultserver": {"asyncio", "socket"},
+    "faultserver.placement": {"asyncio", "socket"},
+    "faultserver.feed": {"asyncio", "socket"},
+    "faultserver.sources": {"asyncio", "socket"},
+    "faultserver.supply": {"asyncio", "socket"},
+    "faultserver.server": {"asyncio", "socket"},
     "memory": {"asyncio", "socket"},
     "virtqueue": {"asyncio", "socket"},
     "uffd": {"asyncio", "socket"},
@@ -100,7 +103,7 @@ def test_modules_import_only_what_lies_below(name: str) -> None:
 
 def test_every_module_has_a_layer() -> None:
     top = {path.stem for path in (ROOT / "vhostuser").glob("*.py")}
-    parted = {f"frontend.{path.stem}" for path in (ROOT / "vhostuser/frontend").glob("*.py")}
+    parted = {f"{each}.{path.stem}" for each in PARTED for path in (ROOT / "vhostuser" / each).glob("*.py")}
     assert {name for name in top | parted if not name.endswith("__init__")} == set(ALLOWED)
 
 
@@ -117,8 +120,7 @@ def test_drivers_know_rings_and_no_connections(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/conformance").rglob("*.py")), ids=lambda path: path.name)
 def test_the_suite_takes_our_back_end_for_a_stranger(path: Path) -> None:
-    below = {"channel", "drivers", "driverqueue", "frontend", "protocol", "uffd"}
-    below |= {"faultserver", "faultstats", "pagesource"}
+    below = {"channel", "drivers", "driverqueue", "faultserver", "frontend", "protocol", "uffd"}
     assert ours(path) <= below | {"conformance"}
 
 

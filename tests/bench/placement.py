@@ -22,8 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.faultserver.conftest import PAGE, Process, SharedMemory  # noqa: E402
-from vhostuser.faultserver import FaultServer, Placement, WakePolicy  # noqa: E402
-from vhostuser.pagesource import FilePiece, MappedFile  # noqa: E402
+from vhostuser.faultserver import FaultServer, FilePiece, MappedFile, Placement, WakePolicy  # noqa: E402
 from vhostuser.uffd import Mode  # noqa: E402
 
 CHUNK = 64 * PAGE

@@ -31,10 +31,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from vhostuser.dataplane import new_event_loop  # noqa: E402
-from vhostuser.faultserver import FaultServer, WakePolicy  # noqa: E402
+from vhostuser.faultserver import FaultServer, FilePiece, MappedFile, WakePolicy  # noqa: E402
 from vhostuser.frontend import ClientRegion, SharedMemory  # noqa: E402
 from vhostuser.memory import GuestMemory, Region  # noqa: E402
-from vhostuser.pagesource import FilePiece, MappedFile  # noqa: E402
 from vhostuser.postcopy import Postcopy  # noqa: E402
 from vhostuser.protocol import MemoryRegion, Wake, WakeAck  # noqa: E402
 from vhostuser.threads import spawn  # noqa: E402

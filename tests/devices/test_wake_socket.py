@@ -17,9 +17,8 @@ import pytest
 
 from tests.devices.test_program import LOG_ALL, PATIENCE, Program, answers, front_end, run
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.faultserver import FaultServer
+from vhostuser.faultserver import FaultServer, FilePiece, MappedFile
 from vhostuser.frontend import Frontend, FrontendRing, PostcopyClient, SharedMemory
-from vhostuser.pagesource import FilePiece, MappedFile
 from vhostuser.protocol import FrontendRequest, PostcopyAck, ProtocolFeature
 from vhostuser.uffd import Userfaultfd
 from vhostuser.wake import BlockingWakeChannel, WakeChannel

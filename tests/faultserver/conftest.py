@@ -25,10 +25,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.faultserver import client as program
-from vhostuser.faultserver import Client, FaultServer
+from vhostuser.faultserver import Client, FaultServer, FilePiece, MappedFile
 from vhostuser.frontend.memory import SharedMemory
 from vhostuser.memory import PrivateMemory
-from vhostuser.pagesource import FilePiece, MappedFile
 from vhostuser.uffd import Mode, NotPermitted, Userfaultfd
 
 PAGE, HUGE, MIB = 4096, 2 << 20, 1 << 20

@@ -11,7 +11,7 @@ import socket
 import sys
 
 from tests.faultserver.client import content
-from vhostuser.pagestream import serve_pages
+from vhostuser.faultserver import serve_pages
 
 
 def main(path: str, latency: float, bandwidth: float) -> None:

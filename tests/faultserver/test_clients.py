@@ -16,8 +16,7 @@ import pytest
 
 from tests.faultserver.conftest import MIB, PAGE, Bed, ClientRegion, content, good, pages, until
 from vhostuser._native import lib
-from vhostuser.faultserver import EventKind, FaultServer, WakePolicy
-from vhostuser.pagesource import CallableSource
+from vhostuser.faultserver import CallableSource, EventKind, FaultServer, WakePolicy
 from vhostuser.protocol import Wake, WakeAck, unpack_wake
 from vhostuser.testing.leaks import open_fds
 from vhostuser.uffd import Userfaultfd

@@ -11,8 +11,7 @@ import pytest
 from tests.bench import torn
 from tests.faultserver.conftest import HUGE, MIB, PAGE, Bed, content, good, pages, until
 from vhostuser import faultserver as module
-from vhostuser.faultserver import Placement, Unsupported, WakePolicy
-from vhostuser.pagesource import CallableSource
+from vhostuser.faultserver import CallableSource, Placement, Unsupported, WakePolicy
 from vhostuser.uffd import Feature, Mode, Userfaultfd
 
 BOTH = Mode.MISSING | Mode.MINOR
@@ -115,7 +114,7 @@ def test_a_source_may_say_that_pages_are_zero(bed: Bed) -> None:
 def test_zeros_into_huge_pages_are_copied(bed: Bed, huge_pages: None) -> None:
     memory = bed.memory((0, 2 * HUGE), hugetlb=True)
     server = bed.server(memory, CallableSource(lambda guest, length: bytes(length)))
-    assert server._feed.place(0, 2 * HUGE) == 2
+    assert server._supply._feed.place(0, 2 * HUGE) == 2
     assert memory.map.read(HUGE, HUGE) == bytes(HUGE)
 
 
@@ -256,7 +255,7 @@ def test_what_is_lost_stays_lost_and_the_rest_goes_on(bed: Bed) -> None:
     assert server.wait(10)
     assert server.complete
     assert (server.stats().received, server.stats().lost) == (63, 1)
-    assert server._feed.place(4 * PAGE, content(4 * PAGE, PAGE)) == 0
+    assert server._supply._feed.place(4 * PAGE, content(4 * PAGE, PAGE)) == 0
     early.read(pages(4))
     assert early.answers(1)[0].lost == [4 * PAGE]
 

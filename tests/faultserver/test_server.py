@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tests.faultserver.conftest import MIB, PAGE, Bed, content, good, pages, until
-from vhostuser.faultserver import EventKind, FaultServer, WakePolicy
-from vhostuser.pagesource import CallableSource, FileSource
+from vhostuser.faultserver import CallableSource, EventKind, FaultServer, FileSource, WakePolicy
 
 
 def test_a_page_that_is_touched_comes_and_no_other(bed: Bed) -> None:

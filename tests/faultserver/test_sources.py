@@ -14,9 +14,17 @@ from typing import Any
 import pytest
 
 from tests.faultserver.conftest import MIB, PAGE, Bed, content, good, pages, until
-from vhostuser.faultserver import FaultServer
-from vhostuser.pagesource import CallableSource, FilePiece, MappedFile, PageLost, SourceLost
-from vhostuser.pagestream import HELLO, StreamSource, serve_pages
+from vhostuser.faultserver import (
+    CallableSource,
+    FaultServer,
+    FilePiece,
+    MappedFile,
+    PageLost,
+    SourceLost,
+    StreamSource,
+    serve_pages,
+)
+from vhostuser.faultserver.stream import HELLO
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,6 @@ import pytest
 
 import vhostuser.faultserver
 import vhostuser.frontend
-import vhostuser.pagesource
 from tests.frontend.test_calls import negotiated
 from tests.runtime.echo import Echo
 from vhostuser.device import Device
@@ -208,7 +207,7 @@ async def test_the_destination_of_the_page_works(permitted: None, no_leaks: None
     shared = Shared([pairs(Echo()), pairs(Echo())])
     for pair in shared.pairs:
         await pair.frontend.negotiate(DRIVABLE & ~VirtioFeature.RING_EVENT_IDX.mask)
-    names = {**vars(vhostuser.faultserver), **vars(vhostuser.pagesource), **vars(vhostuser.frontend)}
+    names = {**vars(vhostuser.faultserver), **vars(vhostuser.frontend)}
     names |= {"asyncio": asyncio, "size": SIZE, "image_fd": shared.source.fds[0], "run_the_rings": shared.run}
     names |= {"back_ends": {str(number): pair.frontend for number, pair in enumerate(shared.pairs)}, "clients": []}
     body = "".join(f"    {line}\n" for line in snippet.splitlines())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vhostuser.placement import Placement, WakePolicy
+from vhostuser.faultserver import Placement, WakePolicy
 from vhostuser.uffd import NotPermitted, Userfaultfd
 
 ROOT = Path(__file__).parents[2]

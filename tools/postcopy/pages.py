@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Self
 
 from vhostuser.faultserver import Client as Served
-from vhostuser.faultserver import FaultServer, Placement, Unsupported, WakePolicy
-from vhostuser.faultstats import ClientStats, EventKind
-from vhostuser.faultstats import Event as Line
+from vhostuser.faultserver import ClientStats, EventKind, FaultServer, Placement, Unsupported, WakePolicy
+from vhostuser.faultserver import Event as Line
 from vhostuser.frontend import PostcopyClient, SharedMemory
 from vhostuser.protocol import RemoteProtocolError
 from vhostuser.tools.postcopy import options as asked

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from vhostuser.pagesource import Feed, FilePiece, MappedFile
+from vhostuser.faultserver import Feed, FilePiece, MappedFile
 from vhostuser.tools.postcopy.options import Options
 
 _THREADS = 8

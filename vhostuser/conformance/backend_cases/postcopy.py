@@ -17,10 +17,8 @@ from vhostuser.conformance.lane import AREA, Lane
 from vhostuser.conformance.peer import MIB, RINGS, Peer
 from vhostuser.conformance.suite import Theme, Unreachable, Violation, check, equal
 from vhostuser.drivers.blk import BlkRequest
-from vhostuser.faultserver import Client, FaultServer
-from vhostuser.faultstats import ClientStats
+from vhostuser.faultserver import CallableSource, Client, ClientStats, FaultServer
 from vhostuser.frontend import PostcopyClient, SharedMemory
-from vhostuser.pagesource import CallableSource
 from vhostuser.protocol import (
     NEED_REPLY,
     VERSION,

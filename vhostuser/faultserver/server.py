@@ -2,7 +2,7 @@
 
 What belongs here: what a user says and learns: memory, source, clients, policies, statistics; threads and descriptors.
 What does not: the state and the loop (native/faultpages.c says why no wake-up is lost, native/faultserver.c is the
-loop), sources (``pagesource``), the messages of postcopy (``frontend``).
+loop), sources (``sources``) and what runs them (``supply``), the messages of postcopy (``frontend``).
 
 A userfaultfd belongs to one address space, so every process that shares the memory has one of its own and this server
 polls them all, its own process's too. A page is placed once, through ours; then whoever waits is woken, each
@@ -25,15 +25,10 @@ import select
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any, Self
 
 from vhostuser._native import ffi, lib
-from vhostuser.faultstats import Client, ClientStats, Event, EventKind, ServerStats
-from vhostuser.memory import explain
-from vhostuser.pagefeed import Background, NativeFeed
-from vhostuser.pagesource import MappedSource, PageSource, SourceLost
-from vhostuser.placement import (
+from vhostuser.faultserver.placement import (
     ClientRegion,
     Memory,
     MissingRegion,
@@ -43,23 +38,12 @@ from vhostuser.placement import (
     check_client,
     check_support,
 )
+from vhostuser.faultserver.sources import MappedSource, PageSource
+from vhostuser.faultserver.stats import Client, ClientStats, Event, EventKind, ServerStats
+from vhostuser.faultserver.supply import Supply
+from vhostuser.memory import explain
 from vhostuser.threads import spawn
 from vhostuser.uffd import Feature, Mode, Userfaultfd
-
-__all__ = [
-    "Client",
-    "ClientStats",
-    "Event",
-    "EventKind",
-    "FaultServer",
-    "Placement",
-    "ServerStats",
-    "Unsupported",
-    "WakePolicy",
-]
-
-_CHUNK = 16 << 20
-"""Bytes that the filling thread places before it looks whether something else comes first."""
 
 
 class FaultServer:
@@ -89,33 +73,29 @@ class FaultServer:
     ) -> None:
         self.placement = placement
         self.wake = wake
-        self.source = source
         self.clients: list[Client] = []
         """Those there are; the first is this process's own threads."""
-        self.lost: Exception | None = None
-        """Why the source was lost, until ``resume``."""
         self._regions = tuple(memory.map.regions)
         self._fds = tuple(memory.fds)
         self._lock = threading.RLock()
-        self._background = Background()
         self._native: Any = None
-        self._threads: list[threading.Thread] = []
-        self._bringing: list[threading.Thread] = []
         self._closed = False
         self._final: ServerStats | None = None
-        self._ending = False  # the source is being ended on purpose
         features = Userfaultfd.probe(device_fd)
         check_support(features, self._regions, self._fds, placement, deadline)
         self._uffd = Userfaultfd.open(device_fd)
         self._control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._feed = NativeFeed(self._background, may_poison=Feature.POISON in features)
+        self._may_poison = Feature.POISON in features
+        largest = max((region.page_size for region in self._regions), default=0)
+        self._supply = Supply(source, self._notice, page_size=largest, may_poison=self._may_poison)
         try:
             self._make(int((deadline or 0) * 1e9), batch, events)
         except BaseException:
             self._discard()
             raise
-        self._start()
+        self._thread = spawn(self._serve, "fault server")
+        self._supply.begin()
 
     # ---- making
 
@@ -123,7 +103,7 @@ class FaultServer:
         config = {
             "uffd": self._uffd.fileno(),
             "control": self._control,
-            "wanted": self._feed.demands,
+            "wanted": self._supply.wanted,
             "notice": self._notice,
             "put": self.placement,
             "wake": self.wake,
@@ -144,7 +124,7 @@ class FaultServer:
                 f"no fault server for these regions, a batch of {batch} and {events} events: {explain(error[0])}; "
                 "guest addresses and sizes must be whole pages, a batch 1 to 64 pages, events a power of two"
             )
-        self._native = self._feed.native = native
+        self._native = self._supply.native = native
         self._watch_own()
 
     def _describe(self, number: int) -> dict[str, int]:
@@ -170,16 +150,9 @@ class FaultServer:
             self._uffd.register(region.base, region.length, mode)
         self._admit("own threads", self._uffd.fileno(), self._regions, -1, 0)
 
-    def _start(self) -> None:
-        self._threads = [spawn(self._serve, "fault server")]
-        if isinstance(self.source, MappedSource):
-            self._threads.append(spawn(self._fill, "fault filler"))
-        else:
-            self._bring(self.source)
-
     def _serve(self) -> None:
         if lib.vu_faults_serve(self._native) < 0:
-            self._lose(OSError(ffi.errno, os.strerror(ffi.errno)))
+            self._supply.lose(OSError(ffi.errno, os.strerror(ffi.errno)))
 
     # ---- clients
 
@@ -256,8 +229,7 @@ class FaultServer:
     def _queue(self, ranges: Sequence[tuple[int, int]], *, first: bool) -> None:
         for guest, length in ranges:
             self._check_range(guest, length)
-        self._background.add(ranges, first=first)
-        self._feed.look_again()
+        self._supply.queue(ranges, first=first)
 
     def _check_range(self, guest: int, length: int) -> None:
         for region in self._regions:
@@ -284,51 +256,15 @@ class FaultServer:
         """Gives up those pages of the range that are missing: whoever waits for one, or touches it later, gets SIGBUS,
         and bytes that come for it later are dropped. Returns how many. Raises Unsupported, ValueError."""
         self._check_range(guest, length)
-        if not self._feed.may_poison:
+        if not self._may_poison:
             raise Unsupported("this kernel has no UFFDIO_POISON, which came with Linux 6.6: missing pages stay missing")
         return int(lib.vu_faults_lose(self._native, guest, length))
-
-    def _fill(self) -> None:
-        """The thread that brings the background of a mapped source."""
-        most = max(_CHUNK, *(region.page_size for region in self._regions))
-        while (piece := self._feed.piece(most)) is not None:
-            placed = lib.vu_faults_fill(self._native, *piece)
-            if placed < 0 or self._feed.paused:
-                self._background.put_back(*piece)
-                self._feed.paused = True
-            self._feed.done()
-
-    # ---- sources that are asked
-
-    def _bring(self, source: PageSource) -> None:
-        self._feed.begin()
-        self._bringing = [
-            spawn(partial(self._run, source, number), f"page source {number}") for number in range(source.threads)
-        ]
-
-    def _run(self, source: PageSource, number: int) -> None:
-        try:
-            source.run(self._feed, number)
-        # Whatever it is, also a mistake in a source of the caller's: who waits for its pages has to be told.
-        except Exception as error:
-            self._lose(error)
-        else:
-            self._lose(SourceLost(f"the source's thread {number} has ended before it was asked to"))
-
-    def _lose(self, error: Exception) -> None:
-        with self._lock:
-            if self.lost is None and not self._ending:
-                self._feed.end()
-                lib.vu_faults_pause(self._native, 1)
-                self.lost = error
-                os.eventfd_write(self._notice, 1)
 
     # ---- pause, wait
 
     def pause(self) -> None:
         """Places nothing more, except what is already under way; faults are recorded meanwhile."""
-        self._feed.paused = True
-        lib.vu_faults_pause(self._native, 1)
+        self._supply.pause()
 
     def resume(self, source: PageSource | None = None) -> None:
         """Goes on after ``pause``, or after the source was lost: everything that is missing and was asked for is asked
@@ -337,28 +273,17 @@ class FaultServer:
         """
         if isinstance(self.source, MappedSource) and source is not None:
             raise ValueError("a mapped source cannot be replaced: its pages are placed from where they are")
-        ended = self.lost is not None or source is not None
-        if ended:
-            self._end_source()
-        with self._lock:
-            self.lost = None
-            self.source = source or self.source
-            self._background.restart()
-            lib.vu_faults_pause(self._native, 0)
-            if ended and not isinstance(self.source, MappedSource):
-                self._bring(self.source)
-            else:
-                self._feed.begin()
+        self._supply.resume(source)
 
-    def _end_source(self) -> None:
-        """Waits for its threads."""
-        self._ending = True
-        self._feed.end()
-        if not isinstance(self.source, MappedSource):
-            self.source.interrupt()
-        for thread in self._bringing:
-            thread.join()
-        self._ending = False
+    @property
+    def source(self) -> MappedSource | PageSource:
+        """Where pages come from now."""
+        return self._supply.source
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why the source was lost, until ``resume``."""
+        return self._supply.lost
 
     @property
     def paused(self) -> bool:
@@ -399,15 +324,7 @@ class FaultServer:
 
     def drain(self, timeout: float | None = None) -> bool:
         """Waits until all that was queued by ``place`` and ``prefetch`` is there, apart from what is withheld."""
-        with self._feed.placed:
-            return self._feed.placed.wait_for(self._drained, timeout)
-
-    def _drained(self) -> bool:
-        run = ffi.new("struct vu_fault_range *")
-        done = self._background.forget(
-            lambda guest, length: not lib.vu_faults_missing(self._native, guest, length, 1, run)
-        )
-        return done and not self._feed.busy
+        return self._supply.drain(timeout)
 
     # ---- what happened
 
@@ -468,9 +385,8 @@ class FaultServer:
                 return
             self._closed = True
         lib.vu_faults_stop(self._native)
-        self._end_source()
-        for thread in self._threads:
-            thread.join()
+        self._supply.end()
+        self._thread.join()
         self._final = self.stats()
         for client in self.clients:
             client.freeze()
@@ -486,7 +402,7 @@ class FaultServer:
         for region in self._regions:
             self._forget(region)
         self._uffd.close()
-        self._feed.close()
+        self._supply.close()
         os.close(self._control)
         os.close(self._notice)
 

@@ -1,7 +1,7 @@
 """Where the pages of a fault server come from: a mapped file, or whatever answers when it is asked.
 
 What belongs here: the contract between a source and the server, and the sources of one machine. What does not: the
-stream to another process (``pagestream``), placing and waking (``faultserver``).
+stream to another process (``stream``), placing and waking (``server``).
 
 There are two kinds. A *mapped* source is memory of this process: the server places from it in C, and Python never runs
 for a fault. Any other source is run by the server on threads of its own and asks its ``Feed`` what to bring; what

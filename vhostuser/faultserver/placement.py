@@ -1,7 +1,7 @@
 """How missing pages can be placed and who is woken for them, and what that asks of the kernel and of the memory.
 
 What belongs here: the choices, and the refusal of those that cannot be had here. What does not: placing
-(native/faultput.c), waking (native/faultwake.c), who chooses (``faultserver``).
+(native/faultput.c), waking (native/faultwake.c), who chooses (``server``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a page source is asked for: first what somebody waits for, then the background.
 
 What belongs here: the order in which pages are asked for, and what is asked again after a source was lost. What does
-not: the pages' state (native/faultpages.c), who runs a source (``faultserver``).
+not: the pages' state (native/faultpages.c), who runs a source (``supply``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from vhostuser._native import ffi, lib
+from vhostuser.faultserver.sources import Ask
 from vhostuser.memory import explain
-from vhostuser.pagesource import Ask
 
 
 class Background:
@@ -69,7 +69,7 @@ class Background:
 
 
 class NativeFeed:
-    """The Feed of a native server (``vu_faults *``); see ``pagesource.Feed``. Owns two eventfds.
+    """The Feed of a native server (``vu_faults *``); see ``sources.Feed``. Owns two eventfds.
 
     Each tells "there may be something to do": ``demands``, written by the server, that somebody waits for a page; the
     other that there is background to bring. Whoever consumes one looks, and pokes again if it found something, since

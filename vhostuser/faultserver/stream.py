@@ -36,7 +36,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from vhostuser.pagesource import Feed, PageLost, SourceLost
+from vhostuser.faultserver.sources import Feed, PageLost, SourceLost
 from vhostuser.threads import spawn
 
 HELLO: Final = b"vupages1"
