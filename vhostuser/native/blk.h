@@ -7,7 +7,7 @@
 
 #include <linux/virtio_blk.h>
 
-#include "core.h"
+#include "engine.h"
 
 enum {
     VU_BLK_SECTOR = 512,
@@ -52,15 +52,9 @@ struct vu_blk_transfer {
 
 /* One thread's work on one queue. */
 struct vu_blk_run {
+    struct vu_engine engine;
     vu_blk *blk;
     vu_queue *queue;
-    int kick, stop;
-    bool stopping;
-    bool ahead;          /* a touch pool is set: chains wait there for their missing pages */
-    uint64_t now;        /* ns, monotonic; read once a round */
-    uint64_t active;     /* when the last chain was served */
-    uint64_t stop_check; /* when `stop` was looked at */
-    uint64_t window;     /* ns: how long to poll after `active`, adapted between 0 and poll_us */
     struct vu_blk_stats tally; /* since the last settle */
     uint32_t finished;   /* chains in `done` */
 
@@ -82,11 +76,6 @@ struct vu_blk_run {
     vu_chain *chains[VU_BLK_BATCH];
     struct virtio_blk_discard_write_zeroes ranges[VU_BLK_SEGMENTS];
 };
-
-static inline uint64_t vu_least(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
 
 static inline bool vu_blk_writeback(const vu_blk *blk)
 {

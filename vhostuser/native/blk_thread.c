@@ -1,30 +1,19 @@
 /*
  * The thread of one queue of the block engine, in one call.
  *
- * What belongs here: when it takes chains, returns them, polls, sleeps and ends. What does not: what chains ask for (blk.c),
- * missing pages (touch.c).
+ * What belongs here: when it takes chains and returns them. What does not: what chains ask for (blk.c), when the thread
+ * polls, sleeps and ends (engine.c), missing pages (touch.c).
  */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <poll.h>
-#include <sched.h>
 #include <string.h>
-#include <sys/uio.h>
-#include <time.h>
 
 #include "blk.h"
-
-enum {
-    STOP_CHECK_NS = 1000000,
-    POLLED_SLEEP_NS = 100000, /* between two looks at an idle ring that has no kick descriptor */
-};
-
-/* ---- the queue's thread ------------------------------------------------------------------------------------------ */
 
 /* Adds the tally to the shared counters. */
 static void settle(struct vu_blk_run *run)
 {
     const uint64_t *tally = (const uint64_t *)&run->tally;
+    run->tally.kicks += run->engine.kicks;
+    run->engine.kicks = 0;
     for (size_t i = 0; i < VU_BLK_COUNTERS; i++)
         if (tally[i])
             atomic_fetch_add_explicit(&run->blk->counters[i], tally[i], memory_order_relaxed);
@@ -97,7 +86,7 @@ static int submit(struct vu_blk_run *run, uint32_t count)
 /* Whether one more chain may be popped. */
 static bool takes_more(const struct vu_blk_run *run)
 {
-    return !run->stopping && run->free;
+    return !run->engine.stopping && run->free;
 }
 
 /* Each chain may become a transfer, so no more are taken than can be under way. */
@@ -109,127 +98,61 @@ static uint32_t most(const struct vu_blk_run *run)
 static int serve_popped(struct vu_blk_run *run)
 {
     int popped = takes_more(run) ? vu_queue_pop(run->queue, run->chains, most(run)) : 0;
-    int ready = popped > 0 && run->ahead ? submit(run, (uint32_t)popped) : popped;
+    int ready = popped > 0 && run->engine.ahead ? submit(run, (uint32_t)popped) : popped;
     int code = ready > 0 ? serve_all(run, (uint32_t)ready) : ready;
     return code < 0 ? code : popped;
 }
 
 static int serve_collected(struct vu_blk_run *run)
 {
-    int collected = run->ahead && run->free ? vu_ahead_collect(run->queue, run->chains, most(run)) : 0;
+    int collected = run->engine.ahead && run->free ? vu_ahead_collect(run->queue, run->chains, most(run)) : 0;
     int code = collected > 0 ? serve_all(run, (uint32_t)collected) : collected;
     return code < 0 ? code : collected;
 }
 
 /* Chains served, 0 if there was nothing to do, or a negative code. */
-static int work(struct vu_blk_run *run)
+static int work(void *of)
 {
+    struct vu_blk_run *run = of;
     int popped = serve_popped(run);
     int collected = popped < 0 ? 0 : serve_collected(run);
     int ended = popped < 0 || collected < 0 ? 0 : serve_pending(run);
     return popped < 0 ? popped : collected < 0 ? collected : ended < 0 ? ended : popped + collected + ended;
 }
 
-/* A front-end may make its eventfd a blocking one and read it itself, so poll's word is not enough. */
-static void drain_kick(struct vu_blk_run *run)
+static bool kept(const void *of)
 {
-    uint64_t count;
-    struct iovec iov = {&count, sizeof count};
-    run->tally.kicks++;
-    if (preadv2(run->kick, &iov, 1, -1, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP)
-        run->kick = -1;
+    const struct vu_blk_run *run = of;
+    return vu_ahead_waiting(run->queue) || vu_blk_transfers_out(run);
 }
 
-/* Like KVM's halt polling: a wait that was short makes polling worthwhile next time, a long one does not. */
-static void adapt(struct vu_blk_run *run)
+/* While a medium is waited for it sleeps at once: what polling saves is little beside that wait, and costs as much CPU as
+ * the request itself. */
+static int rest(void *of)
 {
-    uint64_t most = (uint64_t)run->blk->config.poll_us * 1000;
-    if (run->now - run->active > most)
-        run->window = 0;
-    else
-        run->window = vu_least(run->window ? 2 * run->window : most / 4, most);
-}
-
-/* Sleeps until something is to be done, a stop included. */
-static int sleep_until_kick(struct vu_blk_run *run)
-{
-    struct pollfd fds[4] = {
-        {.fd = run->stopping ? -1 : run->stop, .events = POLLIN},
-        {.fd = takes_more(run) ? run->kick : -1, .events = POLLIN},
-        {.fd = run->ahead && run->free ? vu_ahead_fd(run->queue) : -1, .events = POLLIN},
-        {.fd = run->uring ? vu_uring_fd(run->uring) : -1, .events = POLLIN},
-    };
-    struct timespec pause = {.tv_nsec = POLLED_SLEEP_NS};
-    bool polled = run->kick < 0 && takes_more(run);
-
-    if (ppoll(fds, 4, polled ? &pause : NULL, NULL) < 0)
-        return errno == EINTR ? 0 : VU_E_SYS;
-    run->stopping |= fds[0].revents != 0;
-    if (fds[1].revents & POLLIN)
-        drain_kick(run);
-    else if (fds[1].revents)
-        run->kick = -1; /* its other end is gone: look at the ring from time to time */
-    return 0;
-}
-
-/* Nothing to do: polls for a while, then asks for kicks and sleeps. While a medium is waited for it sleeps at once: what
- * polling saves is little beside that wait, and costs as much CPU as the request itself. */
-static int rest(struct vu_blk_run *run)
-{
-    if (run->now - run->active < run->window && !vu_blk_transfers_out(run)) {
-        sched_yield(); /* the driver may share our CPU */
+    struct vu_blk_run *run = of;
+    if (!vu_blk_transfers_out(run) && vu_engine_polls(&run->engine))
         return 0;
-    }
-    bool armed = takes_more(run);
-    int more = armed ? vu_queue_arm(run->queue) : 0;
-    if (more)
-        return more < 0 ? more : 0;
     settle(run);
-    int code = sleep_until_kick(run);
-    if (code < 0)
-        return code;
-    run->now = vu_clock_ns();
-    adapt(run);
-    return armed && !run->stopping ? vu_queue_disarm(run->queue) : 0;
-}
-
-static void look_for_stop(struct vu_blk_run *run)
-{
-    struct pollfd fd = {.fd = run->stop, .events = POLLIN};
-    if (run->stopping || run->now - run->stop_check < STOP_CHECK_NS)
-        return;
-    run->stop_check = run->now;
-    run->stopping = poll(&fd, 1, 0) > 0;
-}
-
-static int loop(struct vu_blk_run *run)
-{
-    int code = run->ahead ? vu_queue_touch_ring(run->queue) : 0;
-    while (code >= 0 && !(run->stopping && !vu_ahead_waiting(run->queue) && !vu_blk_transfers_out(run))) {
-        code = work(run);
-        run->now = vu_clock_ns();
-        if (code > 0)
-            run->active = run->now;
-        else if (code == 0)
-            code = rest(run);
-        look_for_stop(run);
-    }
-    return code < 0 ? code : 0;
+    struct vu_engine_wish wish = {
+        .kick = takes_more(run),
+        .pages = run->free,
+        .other = {{.fd = run->uring ? vu_uring_fd(run->uring) : -1, .events = POLLIN}, {.fd = -1}},
+    };
+    return vu_engine_sleep(&run->engine, &wish);
 }
 
 int vu_blk_run(vu_blk *blk, vu_queue *queue, int kick, int stop)
 {
+    static const struct vu_engine_tasks tasks = {work, kept, rest};
     struct vu_blk_run run;
     memset(&run, 0, offsetof(struct vu_blk_run, unused)); /* the arrays behind are written before they are read */
     run.blk = blk;
     run.queue = queue;
-    run.kick = kick;
-    run.stop = stop;
-    run.ahead = vu_queue_touch(queue) != NULL;
-    run.now = run.active = vu_clock_ns();
+    vu_engine_begin(&run.engine, queue, kick, stop, blk->config.poll_us);
     int code = vu_blk_transfers_open(&run);
     if (code == 0)
-        code = loop(&run);
+        code = vu_engine_run(&run.engine, &tasks, &run);
     vu_blk_transfers_close(&run);
     settle(&run);
     return code;

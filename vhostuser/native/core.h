@@ -23,6 +23,11 @@ static inline uint64_t vu_clock_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+static inline uint64_t vu_least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
 /* ---- the guard ------------------------------------------------------------------------------------------
  * A peer may truncate a file under our mapping (SIGBUS), and we revoke mappings under our own threads (SIGSEGV).
  * Code that touches guest memory runs between vu_guard_enter and vu_guard_leave:
