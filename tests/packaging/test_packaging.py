@@ -39,7 +39,8 @@ def test_one_wheel_serves_every_cpython_from_3_11(built: tuple[Path, Path]) -> N
 
 def test_the_wheel_holds_the_package_and_no_source_of_c(built: tuple[Path, Path]) -> None:
     names = zipfile.ZipFile(built[1]).namelist()
-    for wanted in ("py.typed", "_native.pyi", "_native.abi3.so", "protocol/catalog.py", "tools/blk.py", "backend.py"):
+    code = "protocol/catalog.py", "tools/blk.py", "backend.py", "tools/trace/dissector.lua"
+    for wanted in ("py.typed", "_native.pyi", "_native.abi3.so", *code):
         assert f"vhostuser/{wanted}" in names
     assert not [name for name in names if name.endswith((".c", ".h"))]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"vhostuser"}

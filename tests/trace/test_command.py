@@ -46,10 +46,18 @@ def out(process: subprocess.Popen[str]) -> IO[str]:
 
 
 def connected(path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(PATIENCE)
-    sock.connect(str(path))
-    return sock
+    """Between its bind and its listen a socket is there already, and refuses."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(PATIENCE)
+        try:
+            sock.connect(str(path))
+            return sock
+        except ConnectionRefusedError:
+            sock.close()
+            assert time.monotonic() < deadline, "it does not listen"
+            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -107,10 +115,29 @@ def test_a_reader_that_goes_away_breaks_no_connection(tmp_path: Path, backend: s
                 exchange(front, back)
 
 
+def test_packets_for_wireshark(tmp_path: Path, backend: socket.socket) -> None:
+    """Each is in the file as soon as it has passed; the notices are none."""
+    with tracing(tmp_path, "--once", "--quiet", f"--pcapng={tmp_path / 'packets'}") as process:
+        with closing(connected(tmp_path / "front")) as front, closing(backend.accept()[0]) as back:
+            exchange(front, back)
+        assert process.wait(PATIENCE) == 0
+    packets = (tmp_path / "packets").read_bytes()
+    assert packets.startswith(b"\x0a\x0d\x0d\x0a")
+    assert packets.count(ASK) == packets.count(OFFER) == 1
+
+
+def test_the_dissector_is_printed() -> None:
+    done = subprocess.run([*COMMAND, "--dissector"], capture_output=True, text=True, check=True)
+    assert "SET_MEM_TABLE" in done.stdout
+    assert "wtap.USER0" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--listen=x", "--connect=x"], "are the same socket"),
+        (["--listen=x", "--connect=y", "--json=-", "--pcapng=-"], "cannot both be stdout"),
+        (["--dissector", "--listen=x"], "not allowed with"),
         (["--listen=x"], "--connect"),
         (["--listen=x", "--connect=y", "--corrupt=NOTHING"], "there is no message 'NOTHING'"),
     ],

@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 from vhostuser.dataplane import new_event_loop
 from vhostuser.tools.endpoint import EndpointError, listen
 from vhostuser.tools.service import Parser, number
-from vhostuser.tools.trace import jsonlines, text
+from vhostuser.tools.trace import dissector, jsonlines, pcapng, text
 from vhostuser.tools.trace.desk import Desk
 from vhostuser.tools.trace.events import Event
 from vhostuser.tools.trace.faults import Fault, FaultError, Kind, parse
@@ -47,6 +47,9 @@ def main(program: str, arguments: Sequence[str]) -> int:
     """The exit status; wrong options end the process with 2."""
     options = _parse(program, arguments)
     try:
+        if options.dissector:
+            print(dissector.script(), end="")
+            return 0
         if options.replay:
             return asyncio.run(_replay(options))
         _run(options)
@@ -65,10 +68,14 @@ def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
     side.add_argument(
         "--replay", metavar="FILE", type=Path, help="say what the front-end of this transcript (--json) said, and exit"
     )
+    side.add_argument("--dissector", action="store_true", help="print a dissector for Wireshark, and exit")
     parser.add_argument("--connection", metavar="N", type=number(1, 1 << 31), default=1, help="of the transcript")
-    parser.add_argument("--connect", metavar="PATH", required=True, help="socket of the back-end")
+    parser.add_argument("--connect", metavar="PATH", help="socket of the back-end")
     parser.add_argument("--once", action="store_true", help="exit when the first front-end has gone")
     parser.add_argument("--json", metavar="FILE", help="write JSON lines; - is stdout, in the place of text")
+    parser.add_argument(
+        "--pcapng", metavar="FILE", help="write packets for Wireshark; - is stdout, in the place of text"
+    )
     parser.add_argument("--quiet", action="store_true", help="no text")
     parser.add_argument(
         "--patience", metavar="SECONDS", type=_seconds, default=1.0, help="when a missing answer is told, default 1"
@@ -83,7 +90,11 @@ def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
             f"--{kind.value}", dest="faults", action="append", metavar=metavar, type=_fault(kind), help=what
         )
     options = parser.parse_args(arguments)
-    if options.listen == options.connect:
+    if (options.listen or options.replay) and not options.connect:
+        parser.error("--connect is missing: the socket of the back-end")
+    if options.json == options.pcapng == "-":
+        parser.error("--json and --pcapng cannot both be stdout")
+    if options.listen and options.listen == options.connect:
         parser.error("--listen and --connect are the same socket: the back-end's is that of --connect")
     return options
 
@@ -153,21 +164,29 @@ async def _until_stopped(tracer: Tracer, work: Coroutine[None, None, None]) -> N
 
 
 def _writers(options: argparse.Namespace, closing: contextlib.ExitStack) -> list[Callable[[Event], None]]:
-    """Where events go: text to stdout, JSON lines beside it or in its place."""
+    """Where events go: text to stdout, JSON lines and packets beside it or in its place."""
     writers: list[Callable[[Event], None]] = []
-    if not options.quiet and options.json != "-":
+    if not options.quiet and "-" not in (options.json, options.pcapng):
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        writers.append(partial(_write, sys.stdout, partial(text.lines, colour=colour)))
+        writers.append(_lines(sys.stdout, partial(text.lines, colour=colour)))
     if options.json:
-        writers.append(partial(_write, closing.enter_context(_output(options.json)), jsonlines.line))
+        writers.append(_lines(_output(options.json, "w", sys.stdout, closing), jsonlines.line))
+    if options.pcapng:
+        out = _output(options.pcapng, "wb", sys.stdout.buffer, closing)
+        writers.append(pcapng.writer(partial(_write, out), time.time_ns()))
     return writers
 
 
-def _output(name: str) -> contextlib.AbstractContextManager[TextIO]:
-    return contextlib.nullcontext(sys.stdout) if name == "-" else Path(name).open("w")
+def _output(name: str, mode: str, stdout: Any, closing: contextlib.ExitStack) -> Any:
+    return stdout if name == "-" else closing.enter_context(Path(name).open(mode))
 
 
-def _write(out: TextIO, line: Callable[[Event], str], event: Event) -> None:
+def _lines(out: TextIO, line: Callable[[Event], str]) -> Callable[[Event], None]:
+    return lambda event: _write(out, line(event) + "\n")
+
+
+def _write(out: TextIO | BinaryIO, data: str | bytes) -> None:
     """Somebody who no longer reads ends the writing, not the connection."""
     with contextlib.suppress(BrokenPipeError):
-        print(line(event), file=out, flush=True)
+        cast(Any, out).write(data)
+        out.flush()

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from vhostuser.protocol import U64, DeviceStatus, Empty, FrontendRequest, Payload
-from vhostuser.protocol import feature_names as virtio
-from vhostuser.protocol import protocol_feature_names as protocol
+from vhostuser.protocol import (
+    U64,
+    DeviceStatus,
+    Empty,
+    FrontendRequest,
+    Payload,
+    ProtocolFeature,
+    VirtioFeature,
+    feature_names,
+)
 from vhostuser.protocol.witness import Message
 from vhostuser.tools.trace.events import Descriptor
 
 F = FrontendRequest
-_MASKS: Final[Mapping[object, Callable[[int], str]]] = {
-    F.GET_FEATURES: virtio,
-    F.SET_FEATURES: virtio,
-    F.GET_PROTOCOL_FEATURES: protocol,
-    F.SET_PROTOCOL_FEATURES: protocol,
-    F.GET_STATUS: lambda value: _status(value),
-    F.SET_STATUS: lambda value: _status(value),
+Flags: TypeAlias = type[VirtioFeature] | type[ProtocolFeature] | type[DeviceStatus]
+FLAGS: Final[Mapping[object, Flags]] = {
+    F.GET_FEATURES: VirtioFeature,
+    F.SET_FEATURES: VirtioFeature,
+    F.GET_PROTOCOL_FEATURES: ProtocolFeature,
+    F.SET_PROTOCOL_FEATURES: ProtocolFeature,
+    F.GET_STATUS: DeviceStatus,
+    F.SET_STATUS: DeviceStatus,
 }
-_ADDRESSES: Final = frozenset({"guest", "user", "desc", "used", "avail", "log", "iova"})
+"""What the u64 of these messages has for bits."""
+
+ADDRESSES: Final = frozenset({"guest", "user", "desc", "used", "avail", "log", "iova"})
+"""Fields of payloads that are shown in hex."""
+
 _SIZES: Final = frozenset({"size", "mmap_size", "length"})
 _SHOWN_BYTES: Final = 24
 
@@ -41,12 +53,14 @@ def _number(message: Message, value: int) -> str:
     # An acknowledgement says nothing about features, whatever the request was about.
     acknowledges = message.answers is not None and row is not None and not row.reply
     code = row.code if row else None
-    names = _MASKS.get(code) if isinstance(code, F) and not acknowledges else None
-    return f"{value:#x} {names(value)}" if names else str(value) if value < 1 << 16 else f"{value:#x}"
+    kind = FLAGS.get(code) if isinstance(code, F) and not acknowledges else None
+    return f"{value:#x} {_flags(kind, value)}" if kind else str(value) if value < 1 << 16 else f"{value:#x}"
 
 
-def _status(value: int) -> str:
-    return (DeviceStatus(value & 0xFF).name or "none").replace("|", " ")
+def _flags(kind: Flags, value: int) -> str:
+    if issubclass(kind, DeviceStatus):
+        return (DeviceStatus(value & 0xFF).name or "none").replace("|", " ")
+    return feature_names(value, kind)
 
 
 def _fields(payload: Payload) -> str:
@@ -62,7 +76,7 @@ def _field(name: str, value: Any) -> str:
         return "; ".join(f"[{position}] {_inner(item)}" for position, item in enumerate(value)) or f"no {name}"
     if isinstance(value, Payload):
         return _fields(value)
-    if name in _ADDRESSES:
+    if name in ADDRESSES:
         return f"{name} {value:#x}"
     return f"{name} {size(value)}" if name in _SIZES else f"{name} {value}"
 
