@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from vhostuser.conformance.suite import Unreachable, Violation
 from vhostuser.frontend import Frontend
@@ -25,6 +26,16 @@ _AGAIN = 0.01
 # A busy machine takes its time to start a program; its answers are another matter.
 _STARTING = 10.0
 _UCRED = struct.Struct("3i")
+
+
+class Process(Protocol):
+    """What is asked of a process that was started."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    async def wait(self) -> int: ...
 
 
 class Subject:
@@ -44,7 +55,7 @@ class Subject:
         self._path = path
         self._patience = patience
         self._output = directory / "output"
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Process | None = None
         self._visited = False
         self._killed = False
         self.pid: int | None = None
@@ -66,9 +77,13 @@ class Subject:
     async def _start(self) -> None:
         self._path.unlink(missing_ok=True)
         self._visited = self._killed = False
+        self._process = await self._spawn()
+
+    async def _spawn(self) -> Process:
+        """The process, in a group of its own; its output goes to ``_output``. Raises Unreachable."""
         with self._output.open("ab") as output:
             try:
-                self._process = await asyncio.create_subprocess_exec(
+                return await asyncio.create_subprocess_exec(
                     *self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
                 )
             except OSError as error:

@@ -6,17 +6,16 @@ What belongs here: nothing about any one fault (the themes' modules).
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vhostuser.connection import HANDLERS, Connection
-from vhostuser.protocol import (
-    BackendSession,
-    FrontendRequest,
-    Outgoing,
-)
+from vhostuser.protocol import BackendSession, FrontendRequest, Outgoing
 
 F = FrontendRequest
 
@@ -24,7 +23,7 @@ F = FrontendRequest
 class Fault(NamedTuple):
     """What to patch, and the cases that must fail."""
 
-    patch: Callable[[], None]
+    patch: Callable[[], object]
     fails: tuple[str, ...]
 
 
@@ -39,6 +38,11 @@ def fault(*fails: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
         return patch
 
     return add
+
+
+def script(path: Path, *fails: str) -> None:
+    """Declares a disk that is a program of its own as a fault of its name."""
+    FAULTS[path.stem] = Fault(partial(runpy.run_path, str(path), run_name="__main__"), fails)
 
 
 def answering(change: Callable[[BackendSession, Any, Outgoing | None], Outgoing | None]) -> None:
@@ -62,10 +66,12 @@ def handling(code: F, change: Callable[[Connection, Any, Any], Any]) -> None:
 
 
 def crash() -> None:
+    """As a bad access would."""
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def number(code: F, change: Callable[[BackendSession, int], int]) -> None:
+    """Has the answer to a question for a number changed."""
     right = BackendSession._known
 
     def known(session: BackendSession, request: Any) -> Any:
