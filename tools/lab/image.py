@@ -31,6 +31,8 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs -o size=90% tmpfs /tmp
 for module in {modules}; do insmod /modules/$module.ko; done
+# Words behind "--" on the kernel's command line are run in the place of the agent.
+[ $# -gt 0 ] && exec "$@"
 exec /agent
 """
 
