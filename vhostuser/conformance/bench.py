@@ -152,6 +152,7 @@ async def _look(frontend: Frontend) -> Survey:
     protocol = await frontend.get_protocol_features()
     if not protocol & ProtocolFeature.MQ.mask:
         return Survey(features, protocol)
+    await frontend.set_protocol_features(ProtocolFeature.MQ.mask)
     return Survey(features, protocol, await frontend.get_queue_num())
 
 

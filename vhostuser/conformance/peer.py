@@ -100,10 +100,16 @@ class Peer:
 
     # ---- openings
 
-    async def negotiate(self, *features: VirtioFeature, without: Collection[ProtocolFeature] = ()) -> Frontend:
-        """Takes VERSION_1, protocol features and these; of the protocol features all but those ``without``."""
+    async def negotiate(
+        self, *features: VirtioFeature,
+        without: Collection[ProtocolFeature] = (), also: Collection[ProtocolFeature] = (),
+    ) -> Frontend:  # fmt: skip
+        """Takes VERSION_1, protocol features and these; of the protocol features all but those ``without``, and
+        ``also`` what this suite cannot drive a ring with."""
         wanted = PLAIN | sum(feature.mask for feature in features)
-        protocol = DRIVABLE_PROTOCOL & ~sum(feature.mask for feature in without)
+        protocol = (DRIVABLE_PROTOCOL | sum(feature.mask for feature in also)) & ~sum(
+            feature.mask for feature in without
+        )
         await self.frontend.negotiate(wanted, protocol)
         return self.frontend
 

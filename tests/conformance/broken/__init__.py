@@ -8,16 +8,19 @@ from tests.conformance.broken import (  # noqa: F401  (each adds its faults to t
     channel,
     config,
     dirty_pages,
+    everything,
     framing,
     hostile,
     inflight,
     log,
     maps,
+    messages,
     negotiation,
     postcopy,
     reply_ack,
     rings,
     slots,
+    state,
 )
 from tests.conformance.broken.registry import FAULTS, Fault
 

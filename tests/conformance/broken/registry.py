@@ -21,7 +21,7 @@ F = FrontendRequest
 
 
 class Fault(NamedTuple):
-    """What to patch, and the cases that must fail."""
+    """What to patch, and the cases that must fail; none for a disk that is right."""
 
     patch: Callable[[], object]
     fails: tuple[str, ...]

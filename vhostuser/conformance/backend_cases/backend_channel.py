@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import socket
@@ -34,6 +35,7 @@ async def _(peer: Peer) -> None:
     await peer.negotiate()
     channel = await peer.frontend.serve_backend()
     channel.close()
+    await asyncio.sleep(peer.quiet)
     await peer.answers()
 
 

@@ -220,6 +220,7 @@ async def _(peer: Peer) -> None:
     lane.offer(READ)
     lane.kick()
     await lane.stop()
+    lane.returned()  # it may have been before the stop
     log.take()
     await lane.idle()
     check(not log.take(), "no mark after the stop", "some")

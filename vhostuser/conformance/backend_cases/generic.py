@@ -59,9 +59,12 @@ class Message:
 Legal = Callable[[Peer, Lane], Message | Awaitable[Message]]
 
 
-async def _ready(peer: Peer, without: ProtocolFeature | None = None) -> Lane:
-    """Negotiates everything, or all but one feature, shares memory, and sets a ring up that does not run."""
-    await peer.negotiate(without=() if without is None else {without})
+async def _ready(peer: Peer, row: Row, without: ProtocolFeature | None = None) -> Lane:
+    """Negotiates everything that ``row`` needs and more, or all but one feature, shares memory, and makes a ring that
+    does not run."""
+    virtio = [feature for feature in row.gate.features if isinstance(feature, VirtioFeature)]
+    protocol = [feature for feature in row.gate.features if isinstance(feature, ProtocolFeature)]
+    await peer.negotiate(*virtio, also=protocol, without=() if without is None else {without})
     await peer.share()
     return peer.make_lane()
 
@@ -172,7 +175,7 @@ def _add_short(row: Row) -> None:
         f"short.{_word(row)}", f"{row} with too little payload is not done.", ACK, *_needs(row), section=row.clause
     )
     async def _(peer: Peer) -> None:
-        message = await _legal(row, peer, await _ready(peer))
+        message = await _legal(row, peer, await _ready(peer, row))
         await peer.refuses(row.code, message.payload.pack()[:-4], message.fds)
 
 
@@ -181,7 +184,7 @@ def _add_long(row: Row) -> None:
         f"long.{_word(row)}", f"{row} with too much payload is not done.", ACK, *_needs(row), section=row.clause
     )
     async def _(peer: Peer) -> None:
-        message = await _legal(row, peer, await _ready(peer))
+        message = await _legal(row, peer, await _ready(peer, row))
         await peer.refuses(row.code, message.payload.pack() + bytes(4), message.fds)
 
 
@@ -191,7 +194,7 @@ def _add_bare(row: Row) -> None:
         section=row.clause,
     )  # fmt: skip
     async def _(peer: Peer) -> None:
-        message = await _legal(row, peer, await _ready(peer))
+        message = await _legal(row, peer, await _ready(peer, row))
         await peer.refuses(row.code, message.payload)
 
 
@@ -201,7 +204,7 @@ def _add_extra(row: Row) -> None:
         *_needs(row), section=row.clause,
     )  # fmt: skip
     async def _(peer: Peer) -> None:
-        message = await _legal(row, peer, await _ready(peer))
+        message = await _legal(row, peer, await _ready(peer, row))
         read, write = peer.pipe()
         await peer.react(row.code, message.payload, (*message.fds, write))
         check(await peer.let_go(read, write), "the descriptor closed", "it is still open in the back-end")
@@ -213,7 +216,7 @@ def _add_ungated(row: Row, feature: ProtocolFeature) -> None:
         section=row.clause,
     )  # fmt: skip
     async def _(peer: Peer) -> None:
-        lane = await _ready(peer, without=feature)
+        lane = await _ready(peer, row, without=feature)
         message = Message(VringState(lane.index)) if row.code is F.VRING_KICK else await _unconfigured(row, peer, lane)
         await peer.refuses(row.code, message.payload, message.fds)
 
@@ -229,7 +232,7 @@ def _add_acknowledged(row: Row) -> None:
         section=ACK_SECTION,
     )  # fmt: skip
     async def _(peer: Peer) -> None:
-        message = await _legal(row, peer, await _ready(peer))
+        message = await _legal(row, peer, await _ready(peer, row))
         reaction = await peer.react(row.code, message.payload, message.fds)
         # Three that a back-end need not serve: their ack may be no.
         optional = row.code in (F.SET_LOG_FD, F.SET_CONFIG, F.GPU_SET_SOCKET)
@@ -253,7 +256,8 @@ def _variants(row: Row) -> Row:
 def _add_all(row: Row) -> None:
     rare = row.code in OTHER_DEVICES
     if Empty not in row.request:
-        _add_short(row)
+        if row.code is not F.CREATE_CRYPTO_SESSION:  # whose size is not in the specification
+            _add_short(row)
         if not rare:
             _add_long(row)
     if row.fds[1] and not rare and row.code is not F.REM_MEM_REG:

@@ -40,12 +40,6 @@ async def _(peer: Peer) -> None:
     equal("GET_PROTOCOL_FEATURES", await peer.frontend.get_protocol_features(), before)
 
 
-@CASES.must("protocol-before-set-features", "GET_PROTOCOL_FEATURES works before SET_FEATURES.", BIT_30)
-async def _(peer: Peer) -> None:
-    await peer.frontend.get_features()
-    await peer.frontend.get_protocol_features()
-
-
 @CASES.must("protocol-set-first", "SET_PROTOCOL_FEATURES works before SET_FEATURES, and holds at once.", ACK)
 async def _(peer: Peer) -> None:
     await peer.send(F.SET_PROTOCOL_FEATURES, U64(ACK.mask))

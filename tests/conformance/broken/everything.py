@@ -1,0 +1,116 @@
+"""A disk that offers every protocol feature, so that cases about messages of other kinds of devices can be tried on it.
+
+What belongs here: what our disk leaves to others, done in the plainest way that is right. What does not: faults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+from typing import Any
+
+from tests.conformance.broken.registry import FAULTS, F, Fault
+from vhostuser import connection
+from vhostuser.channel import readable
+from vhostuser.connection import HANDLERS, Connection
+from vhostuser.protocol import (
+    FRONTEND,
+    U64,
+    CryptoSession,
+    DeviceStateReply,
+    DeviceStateTransfer,
+    Empty,
+    ProtocolFeature,
+    Reply,
+    Request,
+    RequestRefused,
+    ShmemConfig,
+    TransferDirection,
+    VirtioFeature,
+)
+
+P, V = ProtocolFeature, VirtioFeature
+
+OFFERED = (
+    *(P.RARP, P.MTU, P.CROSS_ENDIAN, P.CRYPTO_SESSION, P.RESET_DEVICE, P.INBAND_NOTIFICATIONS, P.STATUS),
+    *(P.SHARED_OBJECT, P.DEVICE_STATE, P.SHMEM),
+)
+STATE = b"the state of a disk: nothing"
+
+
+def offer_everything() -> None:
+    """Patches our disk to this."""
+    connection.PROTOCOL_FEATURES = tuple({*connection.PROTOCOL_FEATURES, *OFFERED})
+    connection.TRANSPORT_FEATURES |= V.ACCESS_PLATFORM.mask | V.NET_F_MTU.mask
+    for code, row in FRONTEND.items():
+        if row.unserved and row.gate.features:
+            FRONTEND[code] = replace(row, unserved="")  # type: ignore[index]
+    for code, handler in _ANSWERS.items():
+        HANDLERS.setdefault(code, handler)
+
+
+async def _create_crypto_session(_: Connection, request: Request) -> Reply:
+    assert isinstance(request.payload, CryptoSession)
+    return Reply(replace(request.payload, session_id=1))
+
+
+async def _set_status(connection: Connection, request: Request) -> None:
+    connection.status = request.payload  # type: ignore[attr-defined]
+
+
+async def _get_status(connection: Connection, _: Request) -> Reply:
+    return Reply(getattr(connection, "status", U64(0)))
+
+
+async def _get_shared_object(_: Connection, __: Request) -> Reply:
+    return Reply(Empty(), fds=(os.memfd_create("object", os.MFD_CLOEXEC),))
+
+
+async def _get_shmem_config(_: Connection, __: Request) -> Reply:
+    return Reply(ShmemConfig(0, (0,) * 256))
+
+
+async def _set_device_state_fd(connection: Connection, request: Request) -> Reply:
+    assert isinstance(request.payload, DeviceStateTransfer)
+    fd: int = request.fds.take()  # type: ignore[attr-defined]
+    saves = request.payload.direction == TransferDirection.SAVE
+    connection.moving = asyncio.ensure_future((_save if saves else _load)(fd))  # type: ignore[attr-defined]
+    return Reply(DeviceStateReply())
+
+
+async def _save(fd: int) -> bytes:
+    os.write(fd, STATE)
+    os.close(fd)
+    return STATE
+
+
+async def _load(fd: int) -> bytes:
+    loaded = b""
+    try:
+        while True:
+            await readable(fd)
+            if not (piece := os.read(fd, 4096)):
+                return loaded
+            loaded += piece
+    finally:
+        os.close(fd)
+
+
+async def _check_device_state(connection: Connection, _: Request) -> None:
+    moving: asyncio.Future[bytes] | None = vars(connection).pop("moving", None)
+    if moving is not None and await moving != STATE:
+        raise RequestRefused("a part of the state")
+
+
+_ANSWERS: dict[int, Any] = {
+    F.CREATE_CRYPTO_SESSION: _create_crypto_session,
+    F.SET_STATUS: _set_status,
+    F.GET_STATUS: _get_status,
+    F.GET_SHARED_OBJECT: _get_shared_object,
+    F.GET_SHMEM_CONFIG: _get_shmem_config,
+    F.SET_DEVICE_STATE_FD: _set_device_state_fd,
+    F.CHECK_DEVICE_STATE: _check_device_state,
+}
+
+FAULTS["offers_everything"] = Fault(offer_everything, ())
