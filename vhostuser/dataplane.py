@@ -203,8 +203,8 @@ def _resolve(finished: asyncio.Future[QueueBroken | None], index: int, error: Ex
 class ServedQueue:
     """What ``Device.serve`` works on: a queue with its kicks, in batches. Lives on the data thread.
 
-    One used-index update and at most one call eventfd write are made for everything that was completed in one turn of
-    the loop.
+    One used-index update and at most one call eventfd write are made for ``GROUP`` requests, or for all that were
+    completed in one turn of the loop.
     """
 
     def __init__(self, queue: DeviceQueue, kick: int, limit: int, name: str) -> None:
@@ -217,7 +217,7 @@ class ServedQueue:
         self._stopping = False
         self._stopped = asyncio.Event()
         self._flushing = False
-        queue.on_finished = self._flush_soon
+        queue.on_finished = self._finished
         if kick >= 0:
             self._loop.add_reader(kick, self._kicked)
         if queue.ahead_fd >= 0:
@@ -276,9 +276,16 @@ class ServedQueue:
             self._kick = -1
         self._wake.set()
 
-    def _flush_soon(self) -> None:
-        """The queue's first completion since the last flush."""
-        self._loop.call_soon(self._flush)
+    def _finished(self, count: int) -> None:
+        if count > 1:
+            self._flush()
+        elif not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._flushing = False
+        self._flush()
 
     def _flush(self) -> None:
         # The error is sticky: the next pop raises it where it is expected.
@@ -334,49 +341,97 @@ class ServedQueue:
         failed: Callable[[Request, Exception], None],
         group: asyncio.TaskGroup,
     ) -> None:
-        """Calls ``handle`` for every request, up to the limit at once, on worker tasks of ``group``.
+        """Calls ``handle`` for every request, up to the limit at once, on tasks of ``group`` and on this one."""
+        await _Workers(self, handle, failed, group).work()
 
-        A handler that never suspends costs no task: one worker goes through the whole batch. Only when it is suspended
-        does the next worker go on.
-        """
-        ready: deque[Request] = deque()
-        idle: list[asyncio.Future[None]] = []
-
-        def rouse() -> None:
-            if not ready:
-                return
-            if idle:
-                idle.pop().set_result(None)
-            else:
-                group.create_task(worker())
-
-        async def worker() -> None:
-            while True:
-                self._loop.call_soon(rouse)
-                while ready:
-                    request = ready.popleft()
-                    try:
-                        await handle(request)
-                    except Exception as error:
-                        self._fail(request, failed, error)
-                    if not request.completed:
-                        request.complete()
-                future: asyncio.Future[None] = self._loop.create_future()
-                idle.append(future)
-                await future
-
-        while True:
-            ready.extend(await self.requests())
-            rouse()
-
-    def _fail(self, request: Request, failed: Callable[[Request, Exception], None], error: Exception) -> None:
+    def log_failure(self, what: str, error: BaseException) -> None:
+        """One line, and a traceback for those who debug."""
         where, kind = f"{self._name}: ring {self.index}", type(error).__name__
-        log.error("%s: a request failed: %s: %s", where, kind, error, exc_info=log.isEnabledFor(logging.DEBUG))
+        log.error("%s: %s: %s: %s", where, what, kind, error, exc_info=log.isEnabledFor(logging.DEBUG))
+
+
+class _Workers:
+    """The tasks that call ``handle`` for the requests of one queue.
+
+    A handler that never suspends costs no task and no turn of the loop: one worker takes a batch, goes through it and
+    takes the next. Only when it is suspended does another go on: each has the loop look, right behind it, whether
+    something is left to do.
+    """
+
+    def __init__(
+        self,
+        served: ServedQueue,
+        handle: Callable[[Request], Awaitable[None]],
+        failed: Callable[[Request, Exception], None],
+        group: asyncio.TaskGroup,
+    ) -> None:
+        self._served = served
+        self._handle = handle
+        self._failed = failed
+        self._group = group
+        self._loop = asyncio.get_running_loop()
+        self._ready: deque[Request] = deque()
+        self._idle: list[asyncio.Future[None]] = []
+        self._taking = False  # one of them waits for requests
+        self._over = False
+
+    async def work(self) -> None:
+        """One worker. It ends when it is cancelled or the queue breaks, and then all do."""
+        try:
+            while True:
+                if not self._ready and not self._taking:
+                    await self._take()
+                self._loop.call_soon(self._look)
+                await self._go_through()
+                if self._taking:
+                    future: asyncio.Future[None] = self._loop.create_future()
+                    self._idle.append(future)
+                    await future
+        finally:
+            self._over = True
+
+    async def _take(self) -> None:
+        self._taking = True
+        try:
+            self._ready.extend(await self._served.requests())
+        finally:
+            self._taking = False
+
+    def _look(self) -> None:
+        if self._over or (self._taking and not self._ready):
+            return
+        if self._idle:
+            self._idle.pop().set_result(None)
+        else:
+            self._group.create_task(self.work())
+
+    async def _go_through(self) -> None:
+        ready, handle = self._ready, self._handle
+        while ready:
+            request = ready.popleft()
+            try:
+                await handle(request)
+            except Exception as error:
+                self._fail(request, error)
+            except asyncio.CancelledError:
+                if _being_cancelled():
+                    raise
+                self._fail(request, RuntimeError("something that it waited for was cancelled"))
+            if not request.completed:
+                request.complete()
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self._served.log_failure("a request failed", error)
         try:
             if not request.completed:
-                failed(request, error)
+                self._failed(request, error)
         except Exception as again:
-            log.error("%s: the device could not report that: %s: %s", where, type(again).__name__, again)
+            self._served.log_failure("the device could not report that", again)
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 def _first(group: BaseExceptionGroup[QueueBroken]) -> BaseException:

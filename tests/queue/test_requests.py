@@ -120,7 +120,7 @@ def test_completions_go_together_and_are_announced_once(guest: Guest) -> None:
     call = os.eventfd(0, os.EFD_NONBLOCK)
     queue.set_call(call)
     announced: list[int] = []
-    queue.on_finished = lambda: announced.append(queue.out)
+    queue.on_finished = lambda _: announced.append(queue.out)
     requests = queue.pop(5) + queue.pop(2)
     assert (len(requests), queue.out, queue.base) == (7, 7, 7)
     for request in reversed(requests):

@@ -133,6 +133,7 @@ typedef struct vu_chain {
     uint64_t readable;       /* bytes */
     uint64_t writable;       /* bytes */
     uint64_t written;        /* high-water mark of bytes written: push logs at least so much as dirty */
+    uint64_t filled;         /* how far vu_chain_write has come without losing a page: what push says, unless told */
     vu_segment *segments;
     int fault;               /* 0, or VU_E_FAULT: a page of it could not be had */
     uint64_t cookie;         /* free for the device */
@@ -155,8 +156,8 @@ uint16_t vu_queue_broken_head(const vu_queue *queue);
  * the ring are handed out first. After a restart the chains that the in-flight region names come first, in the order in
  * which they were taken. [touches] */
 int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max);
-/* Returns chains with the number of bytes written into each (at most chain->writable counts); one update of the used
- * index for all. Releases them also where it fails: a broken ring is not written to. [touches] */
+/* Returns chains with the number of bytes written into each (at most chain->writable counts; NULL: chain->filled); one
+ * update of the used index for all. Releases them also where it fails: a broken ring is not written to. [touches] */
 int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count);
 /* Writes the call eventfd once if the driver wants to hear of what was pushed since the last signal: 1 if it did. A
  * call that has no descriptor yet is kept for the next signal. VU_E_SYS: the descriptor is of no use. [touches] */

@@ -372,7 +372,10 @@ int64_t vu_chain_write(vu_queue *queue, vu_chain *chain, uint64_t offset, const 
     /* Before the copy: when a page is lost halfway, what was written so far is dirty all the same. */
     if (offset + length > chain->written)
         chain->written = offset + length;
-    return copy_guarded(queue, chain->segments + chain->readable_count, offset, (void *)from, length, true);
+    int64_t count = copy_guarded(queue, chain->segments + chain->readable_count, offset, (void *)from, length, true);
+    if (count > 0 && offset + length > chain->filled)
+        chain->filled = offset + length;
+    return count;
 }
 
 /* A page that is lost ends it; who reads the chain itself is told. */

@@ -137,7 +137,7 @@ static void begin(struct vu_slot *slot, uint16_t head)
     chain->head = head;
     chain->descriptors = 0;
     chain->readable_count = chain->writable_count = 0;
-    chain->readable = chain->writable = chain->written = 0;
+    chain->readable = chain->writable = chain->written = chain->filled = 0;
     chain->fault = 0;
     chain->cookie = 0;
 }
@@ -256,9 +256,9 @@ static int log_used(vu_queue *queue, const void *at, uint64_t length)
     return vu_log_set(queue->log, queue->log_addr + (uint64_t)((const uint8_t *)at - (const uint8_t *)queue->used), length);
 }
 
-static int write_entry(vu_queue *queue, const vu_chain *chain, uint32_t length, uint16_t index)
+static int write_entry(vu_queue *queue, const vu_chain *chain, uint64_t told, uint16_t index)
 {
-    length = length < chain->writable ? length : (uint32_t)chain->writable;
+    uint32_t length = (uint32_t)(told < chain->writable ? told : chain->writable);
     int code = queue->log ? vu_chain_log(queue, chain, length) : 0;
     if (code)
         return code;
@@ -274,7 +274,8 @@ int vu_split_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *leng
 {
     for (uint32_t i = 0; i < count; i++) {
         atomic_store_explicit(&queue->broken_head, chains[i]->head, memory_order_relaxed);
-        int code = write_entry(queue, chains[i], lengths[i], (uint16_t)(queue->used_index + i));
+        uint64_t told = lengths ? lengths[i] : chains[i]->filled;
+        int code = write_entry(queue, chains[i], told, (uint16_t)(queue->used_index + i));
         if (code)
             return code;
     }
