@@ -224,7 +224,7 @@ class Lifecycle:
         features = self._session.features
         logged = self.dirty_log if features & VirtioFeature.LOG_ALL.mask else None
         try:
-            queue = ring.open(regions.memory, features, logged, self.inflight, regions.touch)
+            queue = ring.open(regions.memory, features, logged, self._inflight_of(ring), regions.touch)
         except QueueBroken as error:
             if ring.obstacle != str(error):
                 log.error("%s: ring %d cannot start: %s", self._name, ring.index, error)
@@ -235,6 +235,15 @@ class Lifecycle:
         assert self.data is not None
         runner = ring.run(queue, self._device, self._device.engine(), self.data, self._name)
         runner.finished.add_done_callback(lambda finished: self._ring_ended(ring, finished.result()))
+
+    def _inflight_of(self, ring: Ring) -> InflightRegion | None:
+        """Where the ring's requests are tracked. A ring that has more entries than the region goes without: QEMU asks
+        for another size than its guest then takes (``virtqueue.INFLIGHT_ROOM``), and the machine has to boot."""
+        if self.inflight is None or ring.size <= self.inflight.queue_size:
+            return self.inflight
+        told = "%s: ring %d has %d entries, the in-flight region %d: what is under way is lost with this process"
+        log.warning(told, self._name, ring.index, ring.size, self.inflight.queue_size)
+        return None
 
     def _ring_ended(self, ring: Ring, broken: QueueBroken | None) -> None:
         if broken is None:

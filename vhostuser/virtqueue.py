@@ -387,8 +387,16 @@ def _copied(count: int) -> int:
     return count
 
 
+INFLIGHT_ROOM = 1024
+"""Entries for each queue of a region that we make, at least. QEMU 10 asks for 128 and has rings of 256 (Debian 13's
+SeaBIOS) and 1024 (Linux); it keeps the size of what it was given, so that this tells our regions from others'."""
+
+
 class InflightRegion:
-    """Memory of the front-end in which queues note what they have taken, so that a crash loses no request."""
+    """Memory of the front-end in which queues note what they have taken, so that a crash loses no request.
+
+    queue_size: entries for each queue, which may be more than the front-end has asked for.
+    """
 
     __slots__ = ("native", "queue_size", "queues")
 
@@ -405,7 +413,7 @@ class InflightRegion:
         """
         if not (1 <= queues <= 0xFFFF and 1 <= queue_size <= 32768):
             raise RequestRefused(f"in-flight region for {queues} queues of {queue_size} entries")
-        size = lib.vu_inflight_size(queues, queue_size)
+        size = lib.vu_inflight_size(queues, max(queue_size, INFLIGHT_ROOM))
         fd = os.memfd_create("inflight", os.MFD_CLOEXEC)
         os.truncate(fd, size)
         return fd, size
@@ -414,13 +422,16 @@ class InflightRegion:
     def map(cls, fd: int, given: DescribedInflight) -> Self:
         """Maps a region as SET_INFLIGHT_FD gives it; the caller keeps ``fd``. Raises RequestRefused."""
         error = ffi.new("int *")
-        native = lib.vu_inflight_map(fd, given.mmap_size, given.mmap_offset, given.num_queues, given.queue_size, error)
+        entries = max(given.queue_size, INFLIGHT_ROOM)
+        if given.mmap_size != lib.vu_inflight_size(given.num_queues, entries):
+            entries = given.queue_size
+        native = lib.vu_inflight_map(fd, given.mmap_size, given.mmap_offset, given.num_queues, entries, error)
         if native == ffi.NULL:
             raise RequestRefused(
                 f"in-flight region of {given.mmap_size} bytes for {given.num_queues} queues of {given.queue_size} "
                 f"entries: {explain(error[0])}"
             )
-        return cls(ffi.gc(native, lib.vu_inflight_put), given.num_queues, given.queue_size)
+        return cls(ffi.gc(native, lib.vu_inflight_put), given.num_queues, entries)
 
 
 class DescribedInflight(Protocol):

@@ -334,6 +334,22 @@ async def test_inflight_region_is_made_and_taken_back(pairs: Callable[..., Pair]
     assert await answer(pair) == b"TRACKED"
 
 
+async def test_a_ring_larger_than_the_inflight_region_goes_without_it(
+    pairs: Callable[..., Pair], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A region of another program, for one entry: the machine has to boot all the same."""
+    pair = pairs(Echo())
+    await pair.set_up()
+    fd = os.memfd_create("inflight", os.MFD_CLOEXEC)
+    os.truncate(fd, 128)
+    await pair.frontend.request(FrontendRequest.SET_INFLIGHT_FD, Inflight(128, 0, 2, 1), (fd,))
+    await ask(pair, b"untracked")
+    assert await answer(pair) == b"UNTRACKED"
+    assert os.pread(fd, 128, 0) == bytes(128)
+    os.close(fd)
+    assert "the in-flight region 1" in caplog.text
+
+
 async def test_written_pages_are_logged_while_log_all_is_on(pairs: Callable[..., Pair]) -> None:
     pair = pairs(Echo())
     await pair.set_up()
