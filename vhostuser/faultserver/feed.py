@@ -118,8 +118,9 @@ class NativeFeed:
             if (ask := self._look(background, most)) is not None:
                 return ask
             ready = waiting.poll()
-            for fd, _ in ready if not self._ended else ():
+            for fd, _ in ready:
                 _consume(fd)
+        self.look_again()  # this thread may have consumed what should tell the others of the end
         return None
 
     def _look(self, background: bool, most: int) -> Ask | None:
@@ -160,8 +161,7 @@ class NativeFeed:
                 return piece
             self.done()
             waiting.poll()
-            if not self._ended:
-                _consume(self._work)
+            _consume(self._work)
         return None
 
     def done(self) -> None:
