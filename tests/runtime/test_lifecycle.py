@@ -334,6 +334,29 @@ async def test_inflight_region_is_made_and_taken_back(pairs: Callable[..., Pair]
     assert await answer(pair) == b"TRACKED"
 
 
+async def test_a_ring_larger_than_was_asked_for_is_tracked_in_its_inflight_region(pairs: Callable[..., Pair]) -> None:
+    """The order of QEMU 10.0: it asks for its device's queue size, and the guest makes larger rings."""
+    device = Echo()
+    pair = pairs(device)
+    await pair.set_up(rings=2, size=1024)
+    buffer = await pair.frontend.get_inflight_fd(2, 128)
+    await pair.frontend.set_inflight_fd(buffer)
+    device.gate.clear()
+    queue = pair.rings[1].queue
+    heads = [queue.offer(readable=[(DATA, 2)] * 4) for _ in range(200)]
+    queue.publish()
+    pair.rings[1].kick()
+    for _ in range(device.requests_at_once):
+        await asyncio.wait_for(device.entered.get(), 5)
+    assert buffer.queue(1).heads == tuple(heads[: device.requests_at_once])
+    assert buffer.queue(0).heads == ()
+    device.release()
+    for _ in heads:
+        await next_used(pair, 1)
+    assert buffer.queue(1).heads == ()
+    buffer.close()
+
+
 async def test_a_ring_larger_than_the_inflight_region_goes_without_it(
     pairs: Callable[..., Pair], caplog: pytest.LogCaptureFixture
 ) -> None:

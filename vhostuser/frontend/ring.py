@@ -98,7 +98,9 @@ class InflightBuffer:
         each = given.mmap_size // given.num_queues
         part = os.pread(self.fd, each, given.mmap_offset + index * each)
         features, version, size, last_batch_head, used_index = _INFLIGHT_QUEUE.unpack_from(part)
-        entries = part[_INFLIGHT_QUEUE.size :][: given.queue_size * _INFLIGHT_ENTRY.size]
+        # The ring may be larger than the queue size that was asked for.
+        count = min(max(given.queue_size, size), (len(part) - _INFLIGHT_QUEUE.size) // _INFLIGHT_ENTRY.size)
+        entries = part[_INFLIGHT_QUEUE.size :][: count * _INFLIGHT_ENTRY.size]
         taken = [
             (counter, head)
             for head, (inflight, _, counter) in enumerate(_INFLIGHT_ENTRY.iter_unpack(entries))
