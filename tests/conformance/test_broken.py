@@ -49,7 +49,9 @@ def _mark(name: str) -> list[pytest.MarkDecorator]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=_mark(name)) for name, fault in FAULTS.items() if fault.fails]
 )
-async def test_a_fault_is_found(name: str, server: ForkServer) -> None:
+async def test_a_fault_is_found(name: str, server: ForkServer, request: pytest.FixtureRequest) -> None:
+    if any(case.endswith(".hugetlb") for case in FAULTS[name].fails):
+        request.getfixturevalue("huge_pages")
     wanted = {case.id: case for case in select(CASES, FAULTS[name].fails, [])}
     found = await failures(server, name, CASES if WHOLE else list(wanted.values()), patience=0.7, quiet=0.05)
     assert len(found) <= MOST, found

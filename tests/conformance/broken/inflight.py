@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from tests.conformance.broken.registry import fault, handling
+from tests.conformance.broken.registry import F, crash, fault, handling
 from vhostuser.connection import Connection
-from vhostuser.protocol import (
-    FrontendRequest,
-)
+from vhostuser.protocol import Reply, RequestRefused
 from vhostuser.virtqueue import InflightRegion
-
-F = FrontendRequest
 
 
 @fault("inflight.kept", "inflight.kept-under-load", "inflight.out-of-order")
@@ -62,3 +60,56 @@ def one_buffer_for_all() -> None:
         return os.dup(made[0][0]), size
 
     _created(change)
+
+
+def _after_memory(code: F) -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> Any:
+        if not connection.memory.regions:
+            raise RequestRefused("no memory yet")
+        return await right(connection, request)
+
+    handling(code, change)
+
+
+@fault("inflight.get")
+def has_no_buffer_before_memory() -> None:
+    _after_memory(F.GET_INFLIGHT_FD)
+
+
+@fault("inflight.set")
+def takes_no_buffer_before_memory() -> None:
+    _after_memory(F.SET_INFLIGHT_FD)
+
+
+@fault("inflight.numbers")
+def rounds_the_size_of_queues_up() -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> Reply:
+        fd, size = InflightRegion.create(request.payload.num_queues, 1024)
+        return Reply(replace(request.payload, mmap_size=size, queue_size=1024), fds=(fd,))
+
+    handling(F.GET_INFLIGHT_FD, change)
+
+
+@fault("inflight.two-queues")
+def makes_room_for_one_queue() -> None:
+    right = InflightRegion.create
+    InflightRegion.create = staticmethod(lambda queues, size: right(1, size))  # type: ignore[method-assign]
+
+
+@fault("inflight.set-too-small", "inflight.set-beyond-file", "inflight.set-wraps", "inflight.set-many-queues")
+def takes_any_buffer() -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> None:
+        with contextlib.suppress(RequestRefused):
+            await right(connection, request)
+
+    handling(F.SET_INFLIGHT_FD, change)
+
+
+@fault("inflight.get-many-queues")
+def dies_of_many_queues() -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> Any:
+        if request.payload.num_queues > len(connection.rings):
+            crash()
+        return await right(connection, request)
+
+    handling(F.GET_INFLIGHT_FD, change)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.broken.registry import answering, fault, handling, script
+from tests.conformance.broken.registry import F, answering, fault, handling, script
 from vhostuser.connection import Connection
-from vhostuser.protocol import (
-    BackendSession,
-    FrontendRequest,
-    Header,
-    Outgoing,
-)
-
-F = FrontendRequest
+from vhostuser.memory import Region
+from vhostuser.protocol import FRONTEND, BackendSession, Effect, Header, Outgoing, ProtocolFeature, RequestRefused
+from vhostuser.protocol import Postcopy as Handshake
+from vhostuser.protocol.postcopy import HANDSHAKE, Step
 
 
 @fault("postcopy.advise")
@@ -35,6 +33,102 @@ def listens_with_regions() -> None:
     handling(F.POSTCOPY_LISTEN, change)
 
 
+# ---- the order of messages
+
+
+@fault("postcopy.advise-again")
+def advises_once() -> None:
+    advised = set()
+
+    async def change(connection: Connection, request: Any, right: Any) -> Any:
+        if connection in advised:
+            raise RequestRefused("once is enough")
+        advised.add(connection)
+        return await right(connection, request)
+
+    handling(F.POSTCOPY_ADVISE, change)
+
+
+@fault("postcopy.advise-only")
+def stops_for_advice() -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> Any:
+        for ring in connection._session.rings:
+            ring.enabled = False
+        return await right(connection, request)
+
+    handling(F.POSTCOPY_ADVISE, change)
+
+
+@fault("postcopy.advise-leak")
+def leaks_userfaultfds() -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> Any:
+        answer = await right(connection, request)
+        os.dup(answer.fds[0])
+        return answer
+
+    handling(F.POSTCOPY_ADVISE, change)
+
+
+@fault("postcopy.listen-always")
+def acknowledges_listen_as_any_message() -> None:
+    answering(
+        lambda session, request, answer: (
+            None if request.code is F.POSTCOPY_LISTEN and not session.has(ProtocolFeature.REPLY_ACK) else answer
+        )
+    )
+
+
+@fault("postcopy.listen-unadvised")
+def listens_unadvised() -> None:
+    FRONTEND[F.POSTCOPY_LISTEN] = replace(FRONTEND[F.POSTCOPY_LISTEN], rules=())  # type: ignore[index]
+    HANDSHAKE[Handshake.IDLE][F.POSTCOPY_LISTEN] = Step(Handshake.IDLE, Effect.NOTHING)  # type: ignore[index]
+
+    async def change(connection: Connection, request: Any, right: Any) -> None:
+        if connection._session.postcopy is not Handshake.IDLE:
+            await right(connection, request)
+
+    handling(F.POSTCOPY_LISTEN, change)
+
+
+@fault("postcopy.listen-again")
+def listens_once() -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> None:
+        if connection._listening:
+            raise RequestRefused("once is enough")
+        await right(connection, request)
+
+    handling(F.POSTCOPY_LISTEN, change)
+
+
+# ---- regions
+
+
+@fault("postcopy.slots", "postcopy.ack-slots")
+def acknowledges_regions_in_postcopy_too() -> None:
+    """By a u64, as in precopy."""
+
+    def change(_: BackendSession, request: Any, answer: Outgoing | None) -> Outgoing | None:
+        if answer is None or request.code is not F.ADD_MEM_REG:
+            return answer
+        return Outgoing(Header(F.ADD_MEM_REG, 5, 8).pack() + bytes(8))
+
+    answering(change)
+
+
+@fault("postcopy.hugetlb")
+def tells_no_huge_page_from_others() -> None:
+    """Addresses of 4 KiB pages, for which a userfaultfd on hugetlbfs has no ear."""
+    right = Region._of.__func__  # type: ignore[attr-defined]
+
+    def of(kind: type[Region], native: Any) -> Region:
+        region: Region = right(kind, native)
+        if region.hugetlb:
+            region.length -= 4096
+        return region
+
+    Region._of = classmethod(of)  # type: ignore[assignment,method-assign]
+
+
 # ---- disks of the laboratory
 
 _LABORATORY = Path(__file__).parents[2] / "lab_postcopy/broken"
@@ -52,9 +146,9 @@ _laboratory("bases_of_the_front_end", "ack-empty", "ack-u64", "ack-slots")
 _laboratory("bases_off_by_a_page", "fault", "end")
 _laboratory("blocks_the_control_socket", "control")
 _laboratory("end_not_answered", "end", "end-again", "second")
+_laboratory("prefaults", "no-more-than-needed")
 _laboratory("fills_before_the_ack", "no-touch", "no-hole-filled")
-_laboratory("listen_not_acked", "listen", "listen-again")
-_laboratory("registers_nothing", "fault", "no-hole-filled", "loss-then-next")
+_laboratory("registers_nothing", "fault", "no-hole-filled", "loss-then-next", "data")
 _laboratory("sends_an_idle_userfaultfd", "fault", "loss")
 _laboratory("table_not_answered", "table", "table-order")
 _laboratory("unregisters_early", "waits", "two-regions")

@@ -45,7 +45,7 @@ def features_enable() -> None:
     State._change = change  # type: ignore[method-assign]
 
 
-@fault("features.bit-30-disables-nothing")
+@fault("features.bit-30-disables-nothing", "features.again-while-running")
 def features_disable() -> None:
     right = State._change
 
