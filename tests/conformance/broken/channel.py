@@ -39,8 +39,9 @@ def has_no_use_for_a_channel() -> None:
 def stops_for_a_channel() -> None:
     async def change(connection: Connection, request: Any, right: Any) -> None:
         await right(connection, request)
-        for ring in connection._session.rings:
-            ring.enabled = False
+        async with connection._life.halted():
+            for ring in connection._session.rings:
+                ring.enabled = False
 
     handling(F.SET_BACKEND_REQ_FD, change)
 

@@ -52,8 +52,9 @@ def advises_once() -> None:
 @fault("postcopy.advise-only")
 def stops_for_advice() -> None:
     async def change(connection: Connection, request: Any, right: Any) -> Any:
-        for ring in connection._session.rings:
-            ring.enabled = False
+        async with connection._life.halted():
+            for ring in connection._session.rings:
+                ring.enabled = False
         return await right(connection, request)
 
     handling(F.POSTCOPY_ADVISE, change)

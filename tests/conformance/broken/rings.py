@@ -47,15 +47,14 @@ def features_enable() -> None:
 
 @fault("features.bit-30-disables-nothing", "features.again-while-running")
 def features_disable() -> None:
-    right = State._change
+    async def change(connection: Connection, request: Any, right: Any) -> None:
+        same = request.payload.value == connection._session.features
+        await right(connection, request)
+        async with connection._life.halted():
+            for ring in connection._session.rings if same else ():
+                ring.enabled = False
 
-    def change(state: State, code: Any, payload: Any) -> None:
-        same = code is F.SET_FEATURES and payload.value == state.features
-        right(state, code, payload)
-        for ring in state.rings if same else ():
-            ring.enabled = False
-
-    State._change = change  # type: ignore[method-assign]
+    handling(F.SET_FEATURES, change)
 
 
 @fault("features.log-all-while-running", "log.stops")
