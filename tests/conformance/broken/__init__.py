@@ -16,6 +16,7 @@ from tests.conformance.broken import (  # noqa: F401  (each adds its faults to t
     maps,
     messages,
     negotiation,
+    personas,
     postcopy,
     reply_ack,
     rings,

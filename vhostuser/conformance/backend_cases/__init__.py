@@ -14,6 +14,7 @@ from vhostuser.conformance.backend_cases import (
     hostile,
     memory,
     negotiation,
+    personas,
     postcopy,
     recovery,
     reply_ack,
@@ -46,6 +47,7 @@ _THEMES = (
     recovery.STATE,
     backend_channel.CASES,
     postcopy.CASES,
+    personas.CASES,
 )
 
 CASES: list[Case[Peer]] = [case for theme in _THEMES for case in theme.cases]
