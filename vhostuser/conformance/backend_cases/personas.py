@@ -275,23 +275,29 @@ async def _(peer: Peer) -> None:
     await Player(peer, QEMU_10).play()
 
 
-@CASES.must("dpdk", "DPDK's virtio_user can use it, by two rings in memory above 4 GiB.", Need.RINGS, Need.TWO_RINGS)
+@CASES.must("dpdk", "It serves DPDK's virtio_user, by two rings in memory above 4 GiB.", Need.RINGS, Need.TWO_RINGS)
 async def _(peer: Peer) -> None:
     await Player(peer, DPDK).play()
 
 
-@CASES.must("crosvm", "crosvm can use it, put it to sleep and wake it, and never ask for an answer.", Need.RINGS)
+@CASES.must(
+    "crosvm", "It serves crosvm, which puts it to sleep and wakes it, and never asks for an answer.", Need.RINGS
+)
 async def _(peer: Peer) -> None:
     await Player(peer, CROSVM).play()
 
 
-@CASES.must("cloud-hypervisor", "cloud-hypervisor can use, pause and resume it, and ask for every answer.", Need.RINGS)
+@CASES.must(
+    "cloud-hypervisor",
+    "It serves cloud-hypervisor, which pauses and resumes it, and asks for every answer.",
+    Need.RINGS,
+)
 async def _(peer: Peer) -> None:
     await Player(peer, CLOUD_HYPERVISOR).play()
 
 
 @CASES.must(
-    "libblkio", "libblkio can use it, and give and take memory under running rings.",
+    "libblkio", "It serves libblkio, which gives and takes memory under running rings.",
     Need.RINGS, P.REPLY_ACK, P.CONFIG, P.CONFIGURE_MEM_SLOTS,
 )  # fmt: skip
 async def _(peer: Peer) -> None:
