@@ -6,6 +6,7 @@ than fifteen cases, or it would prove little about any of them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -19,11 +20,13 @@ from tests.conformance.broken.forkserver import ForkServer
 from vhostuser.channel import readable
 from vhostuser.conformance.backend_cases import CASES
 from vhostuser.conformance.peer import Peer
-from vhostuser.conformance.suite import Case, Verdict, select
+from vhostuser.conformance.suite import Case, Unreachable, Verdict, select
 
 MOST = 15
 UNSHOWN = dict(line.split(": ", 1) for line in (Path(__file__).parent / "broken/unshown").read_text().splitlines())
 """Cases that no fault shows, each with its reason."""
+OF_THE_MACHINE = ("huge pages", "userfaultfd")
+"""Where a case is left out for one of these it could fail, elsewhere."""
 WHOLE = os.environ.get("VHOSTUSER_BROKEN") == "all"
 
 
@@ -34,10 +37,13 @@ def server() -> Iterator[ForkServer]:
     server.close()
 
 
-async def failures(server: ForkServer, name: str, cases: Sequence[Case[Peer]], **times: float) -> set[str]:
-    results = await tried(server, name, cases, **times, keep=len(cases) == len(CASES))
-    errors = {result.case.id: result.reason for result in results if result.verdict is Verdict.ERROR}
-    assert not errors
+async def failures(server: ForkServer, name: str, cases: Sequence[Case[Peer]], patience: float) -> set[str]:
+    """Those of the cases that fail. patience: seconds for each answer; long enough only if the machine is not busy."""
+    keep = len(cases) == len(CASES)
+    results = await tried(server, name, cases, patience=patience, quiet=patience / 14, keep=keep)
+    lacks = [result.reason for result in results if any(word in result.reason for word in OF_THE_MACHINE)]
+    if lacks and not keep:
+        pytest.skip(lacks[0])
     return {result.case.id for result in results if result.verdict is Verdict.FAIL}
 
 
@@ -45,24 +51,31 @@ def _mark(name: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.postcopy] if any(case.startswith("postcopy.") for case in FAULTS[name].fails) else []
 
 
-@pytest.mark.timeout(600 if WHOLE else 60)
+@pytest.mark.timeout(600 if WHOLE else 120)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=_mark(name)) for name, fault in FAULTS.items() if fault.fails]
 )
 async def test_a_fault_is_found(name: str, server: ForkServer, request: pytest.FixtureRequest) -> None:
     if any(case.endswith(".hugetlb") for case in FAULTS[name].fails):
         request.getfixturevalue("huge_pages")
-    wanted = {case.id: case for case in select(CASES, FAULTS[name].fails, [])}
-    found = await failures(server, name, CASES if WHOLE else list(wanted.values()), patience=0.7, quiet=0.05)
-    assert len(found) <= MOST, found
-    if missed := wanted.keys() - found:  # on a busy machine a fault takes longer to show itself
-        missed -= await failures(server, name, [wanted[case] for case in missed], patience=3, quiet=1)
-    assert not missed, f"these pass, and {found} fail"
+    wanted = select(CASES, FAULTS[name].fails, [])
+    found: set[str] = set()
+    with contextlib.suppress(Unreachable):
+        found = await failures(server, name, CASES if WHOLE else wanted, 0.7)
+    # On a busy machine a fault takes longer to show itself, and what is right may be taken for wrong.
+    if missed := [case for case in wanted if case.id not in found]:
+        found |= await failures(server, name, missed, 7)
+    assert not {case.id for case in wanted} - found
+    if len(found) > MOST:
+        found = await failures(server, name, [case for case in CASES if case.id in found], 4)
+    assert len(found) <= MOST
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if not fault.fails])
 async def test_a_disk_without_a_fault_passes(name: str, server: ForkServer) -> None:
-    assert not await failures(server, name, CASES, patience=3, quiet=0.05)
+    results = await tried(server, name, CASES, patience=7, quiet=0.05, keep=True)
+    assert not [result.case.id for result in results if result.verdict not in (Verdict.PASS, Verdict.SKIP)]
 
 
 def test_every_case_can_fail() -> None:
