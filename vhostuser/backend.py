@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vhostuser import measures
 from vhostuser.connection import Connection
 from vhostuser.device import Device
+from vhostuser.metrics import Sample, as_json, kept, merged
 from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import Wake, WakeAck, WakeStatus
 from vhostuser.record import MemoryRecord
 from vhostuser.uffd import NotPermitted, TouchPool, Userfaultfd
+from vhostuser.virtqueue import QueueStats
 from vhostuser.wake_service import WakeService
 
 log = logging.getLogger("vhostuser")
@@ -63,6 +66,10 @@ class Backend:
         self._record = MemoryRecord(record) if record is not None else None
         self._uffd_device = uffd_device
         self._pool = TouchPool()
+        self._accepted = 0
+        # Of connections that have ended. What is counted from nothing on is there from the start, as rates need it.
+        queues = range(device.queues) if isinstance(device, Device) else ()
+        self._gone = [sample for index in queues for sample in kept(measures.of_queue(index, QueueStats()))]
         self.connections: list[Connection] = []
         """The front-ends that are served now."""
         self._postcopy = postcopy and connections == 1 and self._permitted()
@@ -130,11 +137,13 @@ class Backend:
             sock.close()
             return
         self.connections.append(connection)
+        self._accepted += 1
         log.info("%s: a front-end is here", connection.name)
         try:
             await connection.serve()
         finally:
             self.connections.remove(connection)
+            self._gone = merged([*self._gone, *kept(self._of(connection))])
             log.info("%s: the front-end has gone", connection.name)
 
     def _connection(self, sock: socket.socket, name: str) -> Connection:
@@ -148,14 +157,42 @@ class Backend:
             return self.connections[0].wake(wake)
         return WakeAck(wake.id, 0, WakeStatus.NO_POSTCOPY)
 
+    # ---- what others see
+
+    def measure(self) -> list[Sample]:
+        """Everything that is counted, the device's own numbers included, of all front-ends there have been."""
+        of_connections = (sample for connection in self.connections for sample in self._of(connection))
+        return merged([*self._own(), *self._gone, *of_connections])
+
+    def _of(self, connection: Connection) -> Iterator[Sample]:
+        yield from connection.measure()
+        if connection.device is not self._device:
+            yield from _measured(connection.device)
+
+    def _own(self) -> Iterator[Sample]:
+        yield measures.CONNECTIONS.sample(len(self.connections))
+        yield measures.ACCEPTED.sample(self._accepted)
+        yield measures.OFFERED.sample(int(self._postcopy))
+        yield from measures.of_faults(self._pool.stats())
+        yield from self.wakes.measure()
+        if isinstance(self._device, Device):
+            yield from _measured(self._device)
+
     def state(self) -> dict[str, object]:
         """The state of everything: JSON-able values; for SIGUSR1."""
         return {
             "postcopy_offered": self._postcopy,
             "connections": [connection.state() for connection in self.connections],
-            "faults": self._pool.state(),
-            "wakes": self.wakes.state(),
+            "metrics": as_json(self.measure()),
         }
+
+
+def _measured(device: Device) -> list[Sample]:
+    try:
+        return list(device.measure())
+    except Exception as error:  # its author's mistake must neither end a connection nor hide what others measure
+        log.error("the device cannot be measured: %s: %s", type(error).__name__, error)
+        return []
 
 
 def _name_of(listener: socket.socket) -> str:

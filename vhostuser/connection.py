@@ -16,15 +16,17 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
+from vhostuser.arguments import event_of, fds_of, payload_of, ring_of
 from vhostuser.backend_channel import BackendChannel
 from vhostuser.channel import Channel, Fds
 from vhostuser.dataplane import DataThread
 from vhostuser.device import Device
 from vhostuser.lifecycle import Lifecycle
 from vhostuser.memory import DirtyLog, GuestMemory, Region
+from vhostuser.metrics import Sample
+from vhostuser.offer import TRANSPORT_FEATURES, protocol_features
 from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import (
     U64,
@@ -37,7 +39,6 @@ from vhostuser.protocol import (
     Inflight,
     Log,
     MemoryTable,
-    Payload,
     ProtocolFeature,
     RemoteProtocolError,
     Reply,
@@ -56,32 +57,11 @@ from vhostuser.protocol import (
 from vhostuser.protocol import Postcopy as PostcopyState
 from vhostuser.record import MemoryRecord
 from vhostuser.regions import Regions
-from vhostuser.ring import Ring, usable_event
+from vhostuser.ring import Ring
 from vhostuser.virtqueue import InflightRegion
+from vhostuser.watch import MessageWatch
 
 log = logging.getLogger("vhostuser")
-
-P = TypeVar("P", bound=Payload)
-
-TRANSPORT_FEATURES = (
-    VirtioFeature.LOG_ALL.mask
-    | VirtioFeature.RING_INDIRECT_DESC.mask
-    | VirtioFeature.RING_EVENT_IDX.mask
-    | VirtioFeature.PROTOCOL_FEATURES.mask
-    | VirtioFeature.VERSION_1.mask
-)
-"""The virtio feature bits that the runtime offers for every device."""
-
-PROTOCOL_FEATURES = (
-    ProtocolFeature.MQ,
-    ProtocolFeature.LOG_SHMFD,
-    ProtocolFeature.REPLY_ACK,
-    ProtocolFeature.BACKEND_REQ,
-    ProtocolFeature.CONFIG,
-    ProtocolFeature.INFLIGHT_SHMFD,
-    ProtocolFeature.CONFIGURE_MEM_SLOTS,
-)
-"""What the runtime offers whatever the device; PAGEFAULT comes from ``Postcopy``."""
 
 _STOPPING = frozenset({FrontendRequest.GET_VRING_BASE, FrontendRequest.SET_VRING_ENABLE, FrontendRequest.RESET_OWNER})
 """Requests by whose answer rings have stopped, and with the last of them the device."""
@@ -109,17 +89,19 @@ class Connection:
         mem_slots: int = 509,
     ) -> None:
         self.name = name
-        self._device = device
+        self.device = device
         self._channel = Channel(sock)
         self._session = BackendSession(
             features=TRANSPORT_FEATURES | device.features,
-            protocol_features=_offered(postcopy is not None, mem_slots),
+            protocol_features=protocol_features(pagefault=postcopy is not None, mem_slots=mem_slots),
             queue_count=device.queues,
             max_slots=mem_slots,
         )
         self._mem_slots = mem_slots
         self._life = Lifecycle(name, device, self._session, self._channel.end)
         self._regions = Regions(name, postcopy, record, self._life.memory_whole)
+        self._watch = MessageWatch(name, self._waits_for)
+        self._sending = False
         self._backend_channel: BackendChannel | None = None
         self._config_changed = False
         device.announce += (self._announce,)
@@ -137,10 +119,12 @@ class Connection:
             await self._converse()
         except RemoteProtocolError as error:
             log.error("%s: the connection is closed: %s", self.name, error)
+            self._watch.cut_off("protocol")
             self._channel.offer(error.answer)
         except ConnectionError:
             pass
         except Exception as error:
+            self._watch.cut_off("failure")
             log.error("%s: the connection is closed: %s", self.name, error, exc_info=error)
         finally:
             watching.cancel()
@@ -150,7 +134,8 @@ class Connection:
         while (received := await self._next_request()) is not None:
             request, fds = received
             try:
-                await self._answer(request)
+                with self._watch.answering(str(request.row), ring_of(request)):
+                    await self._answer(request)
             finally:
                 fds.close()
             # A peer that never lets the socket run dry must not keep the loop from everybody else.
@@ -186,8 +171,10 @@ class Connection:
             self._life.changed()
             self._announce_if_due()
             if outgoing is not None:
+                self._sending = True
                 await self._channel.send(outgoing.data, outgoing.fds)
         finally:
+            self._sending = False
             if isinstance(outcome, Reply):
                 for fd in outcome.fds:
                     os.close(fd)
@@ -202,12 +189,20 @@ class Connection:
             return await handler(self, request) if handler is not None else None
         except RequestRefused as refusal:
             log.warning("%s: %s refused: %s", self.name, request.row, refusal)
+            self._watch.refused(str(request.row))
             return refusal
         except Exception as error:
             # A full table of descriptors, a device that raises: what was promised cannot be known any more.
             debugging = log.isEnabledFor(logging.DEBUG)
             log.error("%s: %s failed, the connection is closed: %s", self.name, request.row, error, exc_info=debugging)
+            self._watch.cut_off("failure")
             raise ConnectionAbortedError from error
+
+    def _waits_for(self) -> str:
+        if self._sending:
+            return "the front-end to read the answer"
+        missing = ", while pages of guest memory may be missing" * self._listening
+        return (self._life.waits_for() or "nothing that is known") + missing
 
     async def _watch_loss(self) -> None:
         """Fails closed: when the front-end is lost in postcopy nobody will bring the missing pages any more.
@@ -220,7 +215,7 @@ class Connection:
         self._life.abandon()
 
     async def _close(self) -> None:
-        self._device.announce = tuple(fn for fn in self._device.announce if fn != self._announce)
+        self.device.announce = tuple(fn for fn in self.device.announce if fn != self._announce)
         self._regions.revoke()
         abandoning = asyncio.get_running_loop().call_later(_GRACE, self._life.abandon)
         await self._life.close()
@@ -233,7 +228,7 @@ class Connection:
     # ---- features and configuration space
 
     async def _set_features(self, request: Request) -> None:
-        features = _payload(request, U64).value
+        features = payload_of(request, U64).value
         log.info("%s: features: %s", self.name, feature_names(features))
         changes = features ^ self._session.features
         # The halt alone is not enough: nothing may be started again before finish() has the new features.
@@ -244,19 +239,19 @@ class Connection:
                 pass
 
     async def _set_protocol_features(self, request: Request) -> None:
-        log.info("%s: protocol features: %s", self.name, protocol_feature_names(_payload(request, U64).value))
+        log.info("%s: protocol features: %s", self.name, protocol_feature_names(payload_of(request, U64).value))
 
     async def _get_config(self, request: Request) -> Reply:
-        asked = _payload(request, Config)
-        space = self._device.config()
+        asked = payload_of(request, Config)
+        space = self.device.config()
         if asked.offset + asked.size > 256:
             raise RequestRefused(f"configuration space has 256 bytes, not {asked.offset + asked.size}")
         data = space.ljust(256, b"\0")[asked.offset : asked.offset + asked.size]
         return Reply(Config(asked.offset, asked.size, asked.flags, data))
 
     async def _set_config(self, request: Request) -> None:
-        written = _payload(request, Config)
-        self._device.set_config(written.offset, written.data, migration=bool(written.flags & 1))
+        written = payload_of(request, Config)
+        self.device.set_config(written.offset, written.data, migration=bool(written.flags & 1))
 
     # ---- memory
 
@@ -265,23 +260,23 @@ class Connection:
         return self._session.postcopy in (PostcopyState.LISTENING, PostcopyState.AWAITING_ACK)
 
     async def _set_mem_table(self, request: Request) -> Reply | None:
-        descriptions = _payload(request, MemoryTable).regions
-        regions = self._regions.map(descriptions, _fds(request), listening=self._listening)
-        await self._adopt(GuestMemory(regions), zip(regions, _fds(request), strict=True))
+        descriptions = payload_of(request, MemoryTable).regions
+        regions = self._regions.map(descriptions, fds_of(request), listening=self._listening)
+        await self._adopt(GuestMemory(regions), zip(regions, fds_of(request), strict=True))
         if not self._listening:
             return None
         return Reply(MemoryTable(tuple(self._regions.based(description) for description in descriptions)))
 
     async def _add_mem_reg(self, request: Request) -> Reply | None:
-        description = _payload(request, SingleRegion).region
+        description = payload_of(request, SingleRegion).region
         if len(self.memory.regions) >= self._mem_slots:
             raise RequestRefused(f"all {self._mem_slots} memory slots are taken")
-        (region,) = self._regions.map([description], _fds(request), listening=self._listening)
-        await self._adopt(self.memory.add(region), [(region, _fds(request)[0])])
+        (region,) = self._regions.map([description], fds_of(request), listening=self._listening)
+        await self._adopt(self.memory.add(region), [(region, fds_of(request)[0])])
         return Reply(SingleRegion(self._regions.based(description))) if self._listening else None
 
     async def _rem_mem_reg(self, request: Request) -> None:
-        gone = _payload(request, SingleRegion).region
+        gone = payload_of(request, SingleRegion).region
         await self._adopt(self.memory.remove(self.memory.find(gone.guest, gone.size, gone.user)), [])
 
     async def _adopt(self, memory: GuestMemory, arrived: Iterable[tuple[Region, int]]) -> None:
@@ -293,7 +288,7 @@ class Connection:
         if not isinstance(request.payload, Log):
             raise RequestRefused("a dirty log without a descriptor cannot be written: negotiate LOG_SHMFD")
         area = request.payload
-        dirty_log = DirtyLog.map(_fds(request)[0], area.size, area.offset)
+        dirty_log = DirtyLog.map(fds_of(request)[0], area.size, area.offset)
         async with self._life.halted():
             self._life.dirty_log = dirty_log
         return None
@@ -301,23 +296,23 @@ class Connection:
     # ---- rings
 
     async def _set_vring_num(self, request: Request) -> None:
-        state = _payload(request, VringState)
+        state = payload_of(request, VringState)
         ring = self._stopped_ring(state.index)
-        if not 1 <= state.num <= self._device.queue_size or state.num & (state.num - 1):
+        if not 1 <= state.num <= self.device.queue_size or state.num & (state.num - 1):
             raise RequestRefused(
-                f"ring {state.index}: size {state.num} is not a power of two from 1 to {self._device.queue_size}"
+                f"ring {state.index}: size {state.num} is not a power of two from 1 to {self.device.queue_size}"
             )
         ring.size = state.num
 
     async def _set_vring_addr(self, request: Request) -> None:
-        address = _payload(request, VringAddress)
+        address = payload_of(request, VringAddress)
         ring = self.rings[address.index]
         async with self._life.halted(ring):
             ring.address = address
             ring.broken = None
 
     async def _set_vring_base(self, request: Request) -> None:
-        state = _payload(request, VringState)
+        state = payload_of(request, VringState)
         self._stopped_ring(state.index).base = state.num
 
     def _stopped_ring(self, index: int) -> Ring:
@@ -327,21 +322,21 @@ class Connection:
         return ring
 
     async def _get_vring_base(self, request: Request) -> Reply:
-        ring = self.rings[_payload(request, VringState).index]
+        ring = self.rings[payload_of(request, VringState).index]
         async with self._life.halted(ring):
             ring.drop_kick()
         return Reply(VringState(ring.index, ring.base))
 
     async def _set_vring_kick(self, request: Request) -> None:
-        ring = self.rings[_payload(request, VringFd).index]
+        ring = self.rings[payload_of(request, VringFd).index]
         async with self._life.halted(ring):
-            ring.set_kick(_event(request, "kick"), lambda: self._kicked(ring))
+            ring.set_kick(event_of(request, "kick"), lambda: self._kicked(ring))
 
     async def _set_vring_call(self, request: Request) -> None:
-        self.rings[_payload(request, VringFd).index].set_call(_event(request, "call"))
+        self.rings[payload_of(request, VringFd).index].set_call(event_of(request, "call"))
 
     async def _set_vring_err(self, request: Request) -> None:
-        self.rings[_payload(request, VringFd).index].set_err(_event(request, "err"))
+        self.rings[payload_of(request, VringFd).index].set_err(event_of(request, "err"))
 
     def _kicked(self, ring: Ring) -> None:
         self._life.kicked(ring)
@@ -350,15 +345,15 @@ class Connection:
     # ---- in-flight tracking
 
     async def _get_inflight_fd(self, request: Request) -> Reply:
-        asked = _payload(request, Inflight)
-        if not asked.num_queues or asked.num_queues > self._device.queues:
-            raise RequestRefused(f"in-flight region for {asked.num_queues} rings of {self._device.queues}")
+        asked = payload_of(request, Inflight)
+        if not asked.num_queues or asked.num_queues > self.device.queues:
+            raise RequestRefused(f"in-flight region for {asked.num_queues} rings of {self.device.queues}")
         fd, size = InflightRegion.create(asked.num_queues, asked.queue_size)
         return Reply(Inflight(size, 0, asked.num_queues, asked.queue_size), fds=(fd,))
 
     async def _set_inflight_fd(self, request: Request) -> None:
-        given = _payload(request, Inflight)
-        region = InflightRegion.map(_fds(request)[0], given)
+        given = payload_of(request, Inflight)
+        region = InflightRegion.map(fds_of(request)[0], given)
         async with self._life.halted():
             self._life.inflight = region
 
@@ -391,7 +386,7 @@ class Connection:
     # ---- the back-end channel
 
     async def _set_backend_req_fd(self, request: Request) -> None:
-        fd = _fds(request).take()
+        fd = fds_of(request).take()
         try:
             channel = BackendChannel(fd, self._session.channel(), self.name)
         except OSError as error:
@@ -436,6 +431,12 @@ class Connection:
         """Where the postcopy handshake stands."""
         return self._session.postcopy
 
+    def measure(self) -> Iterator[Sample]:
+        """Samples of what was done on this connection and of what there is now, without the device's own."""
+        yield from self._life.measure()
+        yield from self._watch.measure()
+        yield from self._regions.measure()
+
     def state(self) -> dict[str, object]:
         """For the state dump: JSON-able values."""
         session = self._session
@@ -453,33 +454,6 @@ class Connection:
             ],
             "postcopy": session.postcopy.name,
         }
-
-
-def _payload(request: Request, kind: type[P]) -> P:
-    assert isinstance(request.payload, kind)
-    return request.payload
-
-
-def _fds(request: Request) -> Fds:
-    assert isinstance(request.fds, Fds)
-    return request.fds
-
-
-def _event(request: Request, name: str) -> int | None:
-    """The descriptor, now ours; None if the front-end said that there is none."""
-    if not _payload(request, VringFd).has_fd:
-        return None
-    usable_event(_fds(request)[0], name, pipe=name == "kick")
-    return _fds(request).take()
-
-
-def _offered(pagefault: bool, mem_slots: int) -> int:
-    bits = sum(feature.mask for feature in PROTOCOL_FEATURES)
-    if pagefault:
-        bits |= ProtocolFeature.PAGEFAULT.mask
-    if not mem_slots:
-        bits &= ~ProtocolFeature.CONFIGURE_MEM_SLOTS.mask
-    return bits
 
 
 HANDLERS: dict[int, Callable[[Connection, Request], Awaitable[Reply | None]]] = {

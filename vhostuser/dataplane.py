@@ -270,6 +270,7 @@ class ServedQueue:
             gone = False
         except OSError:
             gone = True
+        self._queue.kicked()
         if gone:
             # A pipe whose other end is closed is readable for ever: look at the ring from time to time instead.
             self._loop.remove_reader(self._kick)

@@ -16,9 +16,10 @@ may wait for guest memory, so nothing there may hold a lock that the control thr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from vhostuser.metrics import Metric, Sample
 from vhostuser.protocol import RequestRefused
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Device:
 
     features: int = 0
     """Feature bits of the device type (0 to 23, 50 and up). The transport adds its own."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    """What the device counts beside what the runtime does for every queue; ``measure`` has the numbers."""
 
     announce: tuple[Callable[[], None], ...] = ()
     """The runtime's: what ``config_changed`` calls, one for each connection."""
@@ -113,6 +117,10 @@ class Device:
     def failed(self, request: Request, error: Exception) -> None:
         """``handle`` raised: write the device's own error status. By default the request is completed empty."""
 
+    def measure(self) -> Iterable[Sample]:
+        """Samples of ``metrics`` as they are now, with a counter's whole life. Control thread; must not block."""
+        return ()
+
     def state(self) -> dict[str, object]:
-        """What SIGUSR1 shows of the device: JSON-able values. Control thread."""
+        """What SIGUSR1 shows of the device beside what it measures: JSON-able values. Control thread."""
         return {}

@@ -13,11 +13,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 
+from vhostuser import measures
 from vhostuser.dataplane import DataThread
 from vhostuser.device import Device, DeviceFailed
 from vhostuser.memory import DirtyLog
+from vhostuser.metrics import Sample
 from vhostuser.protocol import BackendSession, Postcopy, QueueBroken, VirtioFeature
 from vhostuser.regions import Regions
 from vhostuser.ring import Ring
@@ -46,6 +49,7 @@ class Lifecycle:
         self.data: DataThread | None = None
         self._device_active = False
         """From before the device's start until after its stop."""
+        self._device_busy = ""
         self._ending = False
         self._changed = asyncio.Event()
         # Held while rings or the device are on their way between two states.
@@ -139,6 +143,22 @@ class Lifecycle:
         for ring in self.rings:
             ring.abandon()
 
+    def waits_for(self) -> str:
+        """What a request that does not get on waits for, in words; empty if it is not for a ring or the device."""
+        for ring in self.rings:
+            if ring.stopping:
+                return f"ring {ring.index} to stop: {_under_way(ring)}"
+        return f"the device to {self._device_busy}" if self._device_busy else ""
+
+    def measure(self) -> Iterator[Sample]:
+        """Samples of every ring."""
+        for ring, agreed in zip(self.rings, self._session.rings, strict=True):
+            yield from measures.of_queue(ring.index, ring.stats())
+            yield measures.STATE.sample(int(agreed.started), queue=ring.index, state="started")
+            yield measures.STATE.sample(int(agreed.enabled), queue=ring.index, state="enabled")
+            yield measures.STATE.sample(int(ring.running), queue=ring.index, state="running")
+            yield measures.STATE.sample(int(ring.broken is not None), queue=ring.index, state="broken")
+
     # ---- what is wanted
 
     def _wanted(self, ring: Ring) -> bool:
@@ -181,11 +201,14 @@ class Lifecycle:
         if self.data is None:
             self.data = DataThread(f"{self._name} data")
         self._device_active = True
+        self._device_busy = "start"
         try:
             await self.data.run(self._device.start(self._session.features))
         except BaseException:
             self._device_active = False
             raise
+        finally:
+            self._device_busy = ""
 
     async def _stop_unwanted(self) -> None:
         """Call with the lock held."""
@@ -199,12 +222,14 @@ class Lifecycle:
         """Call with the lock held, when no ring runs."""
         if not self._device_active or self.data is None:
             return
+        self._device_busy = "stop"
         try:
             await self.data.run(self._device.stop())
         except Exception as error:
             self._give_up("stop", error)
         finally:
             self._device_active = False
+            self._device_busy = ""
 
     def _give_up(self, what: str, error: Exception) -> None:
         # What a device does not foresee is shown in full.
@@ -252,3 +277,11 @@ class Lifecycle:
         ring.broken = broken
         ring.signal_err()
         self._changed.set()
+
+
+def _under_way(ring: Ring) -> str:
+    stats = ring.stats()
+    if not stats.out:
+        return "no request is under way"
+    oldest = (time.monotonic_ns() - stats.oldest) / 1e9
+    return f"{stats.out} {'request is' if stats.out == 1 else 'requests are'} under way, the oldest for {oldest:.1f} s"

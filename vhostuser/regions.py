@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+from vhostuser import measures
 from vhostuser.channel import Fds
 from vhostuser.memory import GuestMemory, MemoryLost, Region
+from vhostuser.metrics import Sample
 from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import MemoryRegion, RequestRefused, Wake, WakeAck, WakeStatus
 from vhostuser.record import MemoryRecord
@@ -87,6 +89,13 @@ class Regions:
         """The description with our address in place of the front-end's."""
         host = self.memory.find(description.guest, description.size, description.user).host
         return MemoryRegion(description.guest, description.size, host, description.offset)
+
+    def measure(self) -> Iterator[Sample]:
+        """Samples of what is mapped."""
+        yield measures.REGIONS.sample(len(self.memory.regions))
+        yield measures.MEMORY.sample(sum(region.size for region in self.memory.regions))
+        yield measures.UNUSABLE.sample(int(not self.usable))
+        yield measures.ACTIVE.sample(int(self._postcopy is not None and self._postcopy.active))
 
     def close(self) -> None:
         """Drops everything; the rings must have been closed."""

@@ -13,6 +13,7 @@ import select
 import stat
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from vhostuser.dataplane import DataThread, EngineRunner, LoopRunner, Runner
@@ -20,7 +21,7 @@ from vhostuser.device import Device, Engine
 from vhostuser.memory import DirtyLog, GuestMemory
 from vhostuser.protocol import VHOST_VRING_F_LOG, QueueBroken, RequestRefused, VirtioFeature, VringAddress
 from vhostuser.uffd import TouchPool
-from vhostuser.virtqueue import DeviceQueue, InflightRegion, RingSetup
+from vhostuser.virtqueue import DeviceQueue, InflightRegion, QueueStats, RingSetup
 
 _EVENTFD = Path("anon_inode:[eventfd]")
 
@@ -62,10 +63,12 @@ class Ring:
         """Why the ring cannot be opened as it is set up now; tried again when something changes."""
         self.broken: QueueBroken | None = None
         """Sticky until the front-end gives a new kick or a new address."""
+        self.stopping = False
+        """Whether somebody waits for its stop."""
         self._call = self._err = -1
         self._calls = False
         self._watched = False
-        self._returned = 0  # requests, in runs before this one
+        self._before = QueueStats()  # of the queues before this one
         self._queue: DeviceQueue | None = None
         self._runner: Runner | None = None
 
@@ -202,9 +205,13 @@ class Ring:
         if runner is None:
             return
         runner.stop()
-        while not runner.finished.done():
-            if not (await asyncio.wait((runner.finished,), timeout=_DELAY))[0]:
-                delayed()
+        self.stopping = True
+        try:
+            while not runner.finished.done():
+                if not (await asyncio.wait((runner.finished,), timeout=_DELAY))[0]:
+                    delayed()
+        finally:
+            self.stopping = False
         self.broken = runner.finished.result() or self.broken
         if self._runner is runner:
             self._runner = None
@@ -228,7 +235,7 @@ class Ring:
     def _close_queue(self) -> None:
         if self._queue is not None:
             self.base = self._queue.base
-            self._returned += self._queue.counts[0]
+            self._before = replace(self._before + self._queue.stats(), out=0, oldest=0)
             self._queue.close()
             self._queue = None
 
@@ -241,16 +248,17 @@ class Ring:
                 os.close(fd)
         self._call = self._err = -1
 
+    def stats(self) -> QueueStats:
+        """What its queues have done on this connection."""
+        return self._before + self._queue.stats() if self._queue is not None else self._before
+
     def state(self) -> dict[str, object]:
-        """For the state dump; JSON-able. ``requests`` were returned to the driver, on this connection."""
-        returned, under_way = self._queue.counts if self._queue is not None else (0, 0)
+        """For the state dump; JSON-able."""
         return {
             "index": self.index,
             "size": self.size,
             "running": self.running,
             "base": self._queue.base if self._queue is not None else self.base,
-            "requests": self._returned + returned,
-            "under_way": under_way,
             "broken": str(self.broken) if self.broken else None,
             "obstacle": self.obstacle or None,
         }

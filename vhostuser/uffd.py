@@ -336,17 +336,10 @@ class TouchPool:
         lib.vu_touch_stats(self._touch, raw)
         return FaultStats(raw.waited, raw.ahead, raw.lost, raw.blocked_ns, tuple(raw.histogram))
 
-    def state(self) -> dict[str, object]:
-        """For the state dump: JSON-able values."""
-        stats = self.stats()
-        return {
-            "threads": len(self._threads),
-            "waited": stats.waited,
-            "ahead": stats.ahead,
-            "lost": stats.lost,
-            "blocked_us": stats.blocked_ns // 1000,
-            "histogram": {f"{1 << n} us": count for n, count in enumerate(stats.histogram) if count},
-        }
+    @property
+    def threads(self) -> int:
+        """How many there are: none before they are first needed."""
+        return len(self._threads)
 
     def close(self) -> None:
         """Ends the threads and frees the pool, which no queue may have any more. Waits for those in a fault."""

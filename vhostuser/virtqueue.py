@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -165,6 +166,37 @@ class Request:
             queue.on_finished(len(finished))
 
 
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """What a queue has done so far; see ``struct vu_queue_stats``. Those of one ring's queues can be added up."""
+
+    returned: int = 0
+    readable: int = 0
+    written: int = 0
+    batches: int = 0
+    kicks: int = 0
+    calls: int = 0
+    served_ns: int = 0
+    histogram: tuple[int, ...] = (0,) * 32
+    out: int = 0
+    oldest: int = 0
+    """When the oldest request that is out was popped, in nanoseconds of ``time.monotonic_ns``; 0: none is."""
+
+    def __add__(self, later: QueueStats) -> QueueStats:
+        return QueueStats(
+            self.returned + later.returned,
+            self.readable + later.readable,
+            self.written + later.written,
+            self.batches + later.batches,
+            self.kicks + later.kicks,
+            self.calls + later.calls,
+            self.served_ns + later.served_ns,
+            tuple(map(add, self.histogram, later.histogram)),
+            later.out,
+            later.oldest,
+        )
+
+
 class DeviceQueue:
     """One open ring, seen from the device. It belongs to one thread at a time, but for ``set_call`` and properties."""
 
@@ -249,6 +281,10 @@ class DeviceQueue:
 
     # ---- notifications
 
+    def kicked(self) -> None:
+        """Counts a kick that was taken."""
+        lib.vu_queue_kicked(self.native)
+
     def arm(self) -> bool:
         """Asks the driver for kicks; whether something is available all the same. *Touches*. Raises QueueBroken."""
         if self._ring_missing:
@@ -274,10 +310,16 @@ class DeviceQueue:
         """The next available index, for GET_VRING_BASE. Final when no request is out; survives ``close``."""
         return self._base if self._native is None else int(lib.vu_queue_base(self._native))
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Requests that were returned to the driver since the queue was opened, and those taken and not returned."""
-        return int(lib.vu_queue_returned(self.native)), int(lib.vu_queue_out(self._native))
+    def stats(self) -> QueueStats:
+        """Since the queue was opened. From any thread."""
+        raw = ffi.new("struct vu_queue_stats *")
+        lib.vu_queue_get_stats(self.native, raw)
+        return QueueStats(
+            *(raw.returned, raw.readable, raw.written, raw.batches, raw.kicks, raw.calls, raw.served_ns),
+            tuple(raw.histogram),
+            raw.out,
+            raw.oldest,
+        )
 
     @property
     def broken(self) -> QueueBroken | None:

@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+from vhostuser import measures
+from vhostuser.metrics import Sample
 from vhostuser.protocol import WAKE_MAX_SIZE, RemoteProtocolError, Wake, WakeAck, WakeHello, WakeServer
 
 log = logging.getLogger("vhostuser")
@@ -66,9 +68,11 @@ class WakeService:
         self._issued += ack.issued
         return ack
 
-    def state(self) -> dict[str, object]:
-        """For the state dump: JSON-able values."""
-        return {"front_end": self._serving, "messages": self._messages, "issued": self._issued}
+    def measure(self) -> Iterator[Sample]:
+        """Samples of what was done."""
+        yield measures.WAKE_PEERS.sample(int(self._serving))
+        yield measures.WAKES.sample(self._messages)
+        yield measures.WOKEN.sample(self._issued)
 
 
 class _Peer:

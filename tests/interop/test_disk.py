@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vhostuser.devices.blk import REQUESTS
+from vhostuser.metrics import value_in
 from vhostuser.tools.lab.bench import MIB, Bench
 from vhostuser.tools.lab.guest import CommandFailed
 from vhostuser.tools.lab.machine import Hardware
@@ -50,7 +52,7 @@ async def test_flush_and_cache_toggle(bench: Bench) -> None:
     await bench.guest.booted()
 
     async def flushes() -> int:
-        return int((await backend.state())["device"]["counters"]["flushes"])
+        return int(value_in((await backend.state())["metrics"], REQUESTS, kind="flushes"))
 
     async def flushes_after_write() -> int:
         before = await flushes()
@@ -128,7 +130,7 @@ async def test_write_zeroes(bench: Bench) -> None:
 
     assert await zeroed(FALLOC_FL_ZERO_RANGE_KEEP_SIZE, 4 * MIB) == 0
     assert await zeroed(FALLOC_FL_PUNCH_HOLE_KEEP_SIZE, 16 * MIB) >= 4 * MIB // 512
-    assert (await backend.state())["device"]["counters"]["write_zeroes"] >= 2
+    assert value_in((await backend.state())["metrics"], REQUESTS, kind="write_zeroes") >= 2
     assert await Disk(bench.guest, image).guest_md5(0, 32) == hashlib.md5(content).hexdigest()
 
 

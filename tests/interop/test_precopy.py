@@ -4,6 +4,8 @@ import asyncio
 
 import pytest
 
+from vhostuser.devices.blk import REQUESTS
+from vhostuser.metrics import value_in
 from vhostuser.tools.lab.backend import BackendProcess
 from vhostuser.tools.lab.bench import Bench
 from vhostuser.tools.lab.machine import Hardware, Machine
@@ -57,9 +59,9 @@ async def test_dirty_log_is_complete(bench: Bench) -> None:
     assert (await migration.progress())["status"] == "active"
     await migration.release()
     await migration.completed()
-    reads = (await other.state())["device"]["counters"].get("reads", 0)
+    reads = value_in((await other.state())["metrics"], REQUESTS, kind="reads")
     assert await disk.guest_md5(0, 64) == disk.md5(0, 64)
-    assert (await other.state())["device"]["counters"].get("reads", 0) == reads
+    assert value_in((await other.state())["metrics"], REQUESTS, kind="reads") == reads
 
 
 async def test_there_and_back_ten_times(bench: Bench) -> None:

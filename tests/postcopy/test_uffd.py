@@ -259,9 +259,9 @@ def test_move_hands_a_page_over(private: Watched) -> None:
 def test_touch_threads_start_when_they_are_needed_and_take_no_signals() -> None:
     """A handled signal that hits a thread in a kernel-mode fault makes it spin."""
     pool = TouchPool(threads=2, capacity=8)
-    assert pool.state()["threads"] == 0
+    assert pool.threads == 0
     assert pool.native == pool.native
-    assert pool.state()["threads"] == 2
+    assert pool.threads == 2
     for thread in pool._threads:
         assert thread.daemon
         status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()

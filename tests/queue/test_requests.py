@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.queue.guest import NEXT, WRITE, Guest, Ring
 from vhostuser._native import lib
 from vhostuser.memory import GuestMemory, Region
 from vhostuser.protocol import MemoryRegion, RequestRefused
-from vhostuser.virtqueue import BATCH, DeviceQueue, Request
+from vhostuser.virtqueue import BATCH, DeviceQueue, QueueStats, Request
 
 BORDER = 1 << 20
 FAR = 1 << 32
@@ -296,6 +297,40 @@ def test_kernel_and_python_agree_on_what_is_out(guest: Guest) -> None:
     requests[0].complete()
     queue.flush()
     assert queue.out == lib.vu_queue_out(queue.native) == 2
+
+
+def test_what_a_queue_has_done_is_counted(guest: Guest) -> None:
+    """Requests, bytes both ways, batches, kicks and calls; each request once in the histogram of its time."""
+    ring = Ring(guest, 8)
+    for head, (length, flags) in enumerate([(100, 0), (50, WRITE), (30, WRITE)]):
+        ring.describe(head, 0x8000, length, flags)
+    ring.offer(0, range(3))
+    queue = ring.open()
+    call = os.eventfd(0)
+    queue.set_call(call)
+    assert queue.stats() == QueueStats()
+    before = time.monotonic_ns()
+    first, second, third = queue.pop()
+    assert before <= queue.stats().oldest <= time.monotonic_ns()
+    assert queue.stats().out == 3
+    queue.kicked()
+    second.complete(7)
+    first.complete()
+    queue.force_signal()
+    queue.flush()
+    stats = queue.stats()
+    assert (stats.returned, stats.readable, stats.written, stats.batches) == (2, 100, 7, 1)
+    assert (stats.kicks, stats.calls, stats.out) == (1, 1, 1)
+    assert sum(stats.histogram) == 2
+    assert stats.oldest
+    assert 0 < stats.served_ns <= 2 * (time.monotonic_ns() - before)
+    third.complete(1000)
+    queue.flush()
+    assert queue.stats().written == 7 + 30, "no more than there is room for"
+    assert (queue.stats().out, queue.stats().oldest) == (0, 0)
+    both = queue.stats() + queue.stats()
+    assert (both.returned, sum(both.histogram), both.out) == (6, 6, 0)
+    os.close(call)
 
 
 def test_rings_leave_nothing_mapped(guest: Guest) -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.echo import Echo, answer, ask, quiet
+from vhostuser import measures
 from vhostuser.backend import Backend
 from vhostuser.devices.blk import Blk, BlkSettings
 from vhostuser.devices.image import Image
 from vhostuser.frontend import Frontend, FrontendRing
+from vhostuser.metrics import value_in
 from vhostuser.protocol import Config, FrontendRequest, Inflight, ProtocolFeature, RequestRefused, VringFd, VringState
 from vhostuser.testing.pair import Pair, connect
 
@@ -476,6 +478,7 @@ async def test_the_state_can_be_read(pairs: Callable[..., Pair]) -> None:
     assert "REPLY_ACK" in connection["protocol_features"].split()
     first, second = connection["rings"]
     assert (first["started"], first["enabled"], first["running"], first["base"]) == (True, True, True, 2)
-    assert (first["requests"], first["under_way"]) == (2, 0)
+    assert value_in(state["metrics"], measures.REQUESTS, queue=0) == 2
+    assert value_in(state["metrics"], measures.IN_FLIGHT, queue=0) == 0
     assert (second["started"], second["enabled"], second["running"]) == (False, True, False)
     assert connection["postcopy"] == "IDLE"

@@ -77,7 +77,7 @@ async def test_a_batch_is_no_larger_than_asked_for(migrations: Callable[..., Mig
     for page in range(DATA // PAGE):  # the ring, and nothing of the requests
         migration.server.place(page)
     async with asyncio.timeout(5):
-        while migration.pair.backend.connections[0].rings[0].state()["under_way"] != REQUESTS:
+        while migration.pair.backend.connections[0].rings[0].stats().out != REQUESTS:
             await migration.frontend.get(F.GET_FEATURES)
     migration.server.place_all(wake=False)
     migration.server.theirs.wake(migration.server.base, SIZE)

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from tests.runtime.migration import DATA, PAGE, REQUESTS, SIZE, F, Migration, Shout
+from vhostuser import measures
 from vhostuser.backend import Backend
+from vhostuser.metrics import as_json, value_in
 from vhostuser.protocol import (
     WAKE_MAX_RANGES,
     WAKE_MAX_SIZE,
@@ -107,6 +109,10 @@ def wake_only_by(migration: Migration, wake: Callable[[int], None]) -> None:
 # ---- what it is for
 
 
+def messages(pair: Pair) -> float:
+    return value_in(as_json(pair.backend.wakes.measure()), measures.WAKES)
+
+
 async def test_faults_are_released_by_wake_messages_only(migrations: Callable[..., Migration]) -> None:
     migration = await in_postcopy(migrations)
     assert migration.server is not None
@@ -176,7 +182,8 @@ async def test_outside_of_postcopy_nobody_waits(migrations: Callable[..., Migrat
         assert await raw.ask(Wake(7, (ONE_PAGE,))) == nobody
         await migration.pair.close()
         assert await raw.ask(Wake(7, (ONE_PAGE,))) == nobody
-    assert migration.pair.backend.state()["wakes"] == {"front_end": False, "messages": 5, "issued": PAGE}
+    shown = as_json(migration.pair.backend.wakes.measure())
+    assert [value_in(shown, metric) for metric in (measures.WAKES, measures.WOKEN)] == [5, PAGE]
 
 
 async def test_parts_that_are_not_mapped_are_left_out(migrations: Callable[..., Migration]) -> None:
@@ -242,10 +249,10 @@ async def test_a_flood_from_who_reads_no_answers_stops_only_himself(pairs: Calla
                 sock.send(Wake(sent, (ONE_PAGE,) * WAKE_MAX_RANGES).pack())
                 sent += 1
             except BlockingIOError:
-                before = pair.backend.wakes.state()["messages"]
+                before = messages(pair)
                 for _ in range(20):
                     await pair.frontend.get(F.GET_FEATURES)
-                if pair.backend.wakes.state()["messages"] == before:
+                if messages(pair) == before:
                     break
         for number in range(sent):
             assert await raw.heard() == WakeAck(number, 0, WakeStatus.NO_POSTCOPY)
@@ -259,7 +266,7 @@ async def test_a_front_end_that_goes_without_reading_its_answers(pairs: Callable
         sock.send(WakeHello().pack())
         for number in range(100):
             sock.send(Wake(number, (ONE_PAGE,)).pack())
-        while not pair.backend.wakes.state()["messages"]:
+        while not messages(pair):
             await pair.frontend.get(F.GET_FEATURES)
     await pair.frontend.get(F.GET_FEATURES)
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vhostuser.measures import AHEAD, BLOCKED
+from vhostuser.metrics import value_in
 from vhostuser.tools.lab.bench import Bench
 from vhostuser.tools.lab.errors import LabError
 from vhostuser.tools.lab.image import guest_image
@@ -44,7 +46,7 @@ class Outcome:
 
     seconds: float
     seen: Observation | None
-    faults: dict[str, Any]
+    metrics: dict[str, Any]
     memory_right: bool
     disk_right: bool
 
@@ -99,7 +101,7 @@ async def demonstrate(bench: Bench, options: argparse.Namespace, say: Progress) 
     await bench.guest.run("sync; echo 3 >/proc/sys/vm/drop_caches")
     disk_right = await disk.guest_md5(0, DISK) == disk.md5(0, DISK)
     say("the guest has checked its memory and its disk at the destination")
-    return Outcome(seconds, seen, state["faults"], memory_right, disk_right)
+    return Outcome(seconds, seen, state["metrics"], memory_right, disk_right)
 
 
 async def _migrate(
@@ -128,15 +130,16 @@ def rows(outcome: Outcome) -> list[tuple[str, str]]:
     """The table."""
     table = [("migration", f"{outcome.seconds:.1f} s")]
     if (seen := outcome.seen) is not None:
-        waited = int(outcome.faults["waited"])
-        blocked = int(outcome.faults["blocked_us"]) / max(waited, 1) / 1000
+        (waits,) = outcome.metrics[BLOCKED.name]
+        ahead = value_in(outcome.metrics, AHEAD)
+        blocked = waits["sum"] / max(waits["count"], 1) * 1000
         table += [
             ("of it in postcopy", f"{seen.span.seconds:.1f} s"),
             ("faults of the back-end that QEMU served then", str(seen.faults)),
             ("disk requests completed then", str(seen.requests)),
-            ("waits for a page", f"{waited}, {outcome.faults['ahead']} of them side by side ahead of the request"),
+            ("waits for a page", f"{waits['count']}, {ahead} of them side by side ahead of the request"),
             ("time blocked per wait", f"{blocked:.2f} ms on average"),
-            *(("", f"{count:5} from {bucket}") for bucket, count in outcome.faults["histogram"].items()),
+            *(("", f"{count:5} of up to {float(limit) * 1000:g} ms") for limit, count in waits["buckets"].items()),
             ("the back-end's addresses in QEMU", "all right" if not seen.wrong_bases else f"WRONG: {seen.wrong_bases}"),
         ]
     equal = {True: "equal", False: "DIFFERENT"}

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vhostuser.measures import REQUESTS
+from vhostuser.metrics import value_in
 from vhostuser.tools.lab.backend import BackendProcess
 from vhostuser.tools.lab.machine import Machine
 from vhostuser.tools.lab.maps import place_of
@@ -27,7 +29,7 @@ class Sample:
     @property
     def completed(self) -> int:
         """Requests that were answered up to then."""
-        return int(self.state["device"]["counters"].get("completed", 0))
+        return int(value_in(self.state["metrics"], REQUESTS, queue=0))
 
 
 @dataclass

@@ -14,11 +14,13 @@ import logging
 import struct
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vhostuser._native import ffi, lib
 from vhostuser.device import Device, DeviceFailed
 from vhostuser.devices.image import SECTOR, Image, ImageBusy, ImageError, OpenImage
+from vhostuser.metrics import Kind, Metric, Sample
 from vhostuser.protocol import RequestRefused
 
 if TYPE_CHECKING:
@@ -41,6 +43,26 @@ class BlkFeature(enum.IntEnum):
     DISCARD = 13
     WRITE_ZEROES = 14
 
+
+_KINDS = ("reads", "writes", "flushes", "discards", "write_zeroes", "others")
+
+REQUESTS = Metric(
+    "vhostuser_blk_requests_total", Kind.COUNTER, "Requests that were answered or are under way.", labels=("kind",)
+)
+BYTES = Metric(
+    "vhostuser_blk_bytes_total",
+    Kind.COUNTER,
+    "Bytes of data that reads and writes have moved.",
+    unit="bytes",
+    labels=("kind",),
+)
+FAILED = Metric(
+    "vhostuser_blk_failed_requests_total",
+    Kind.COUNTER,
+    "Requests that ended in another status than OK.",
+    labels=("status",),
+)
+CAPACITY = Metric("vhostuser_blk_capacity_bytes", Kind.GAUGE, "The size of the disk.", unit="bytes")
 
 # struct virtio_blk_config up to write_zeroes_may_unmap and its padding: capacity, size_max, seg_max, cylinders, heads,
 # sectors, blk_size, physical_block_exp, alignment_offset, min_io_size, opt_io_size, writeback, unused, num_queues,
@@ -124,6 +146,7 @@ class Blk(Device):
     """A disk. Its image is opened and locked when the first ring starts, given back when the last one has stopped."""
 
     virtio_id = 2
+    metrics = (REQUESTS, BYTES, FAILED, CAPACITY)
 
     def __init__(self, image: Image, settings: BlkSettings = BlkSettings()) -> None:
         self._image = image
@@ -247,17 +270,25 @@ class Blk(Device):
                 log.info("%s: the capacity is now %d sectors", self._image.path, announced)
                 self.config_changed()
 
-    def state(self) -> dict[str, object]:
-        counters = Counter(self._before)
+    def measure(self) -> Iterator[Sample]:
+        counted = Counter(self._before)
         if (engine := self._engine) is not None:
-            counters.update(engine.stats())
+            counted.update(engine.stats())
+        for kind in _KINDS:
+            yield REQUESTS.sample(counted[kind], kind=kind)
+        yield BYTES.sample(counted["bytes_read"], kind="reads")
+        yield BYTES.sample(counted["bytes_written"], kind="writes")
+        yield FAILED.sample(counted["errors"], status="ioerr")
+        yield FAILED.sample(counted["unsupported"], status="unsupp")
+        yield CAPACITY.sample(self._image.sectors * SECTOR)
+
+    def state(self) -> dict[str, object]:
         return {
             "image": self._image.path,
             "open": self._opened is not None,
             "sectors": self._image.sectors,
             "read_only": self._image.read_only,
             "writeback": self._cached(),
-            "counters": dict(counters),
         }
 
 

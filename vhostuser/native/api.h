@@ -147,10 +147,26 @@ void vu_queue_free(vu_queue *queue);
 /* For GET_VRING_BASE: the next available index. Only when no chain is out, else chains in flight are lost; with an
  * in-flight region they are not, it names them and they come again (and then decide where to go on, not the base). */
 uint32_t vu_queue_base(const vu_queue *queue);
-uint32_t vu_queue_out(const vu_queue *queue);      /* chains popped and not yet pushed */
-uint64_t vu_queue_returned(const vu_queue *queue); /* chains pushed */
-int vu_queue_broken(const vu_queue *queue);        /* 0 or the sticky VU_E_ code */
+uint32_t vu_queue_out(const vu_queue *queue); /* chains popped and not yet pushed */
+int vu_queue_broken(const vu_queue *queue);   /* 0 or the sticky VU_E_ code */
 uint16_t vu_queue_broken_head(const vu_queue *queue);
+
+struct vu_queue_stats {
+    uint64_t returned;      /* chains pushed */
+    uint64_t readable;      /* bytes of these that the driver gave */
+    uint64_t written;       /* bytes of these that the device says it wrote */
+    uint64_t batches;       /* pushes: updates of the used index */
+    uint64_t kicks;         /* as told by vu_queue_kicked */
+    uint64_t calls;         /* writes to the call eventfd */
+    uint64_t served_ns;     /* sum over the returned of the time from pop to push */
+    uint64_t histogram[32]; /* these times: bucket n counts [2^n, 2^(n+1)) microseconds, bucket 0 from 0 */
+    uint64_t out;           /* as vu_queue_out */
+    uint64_t oldest;        /* when the oldest of those was popped, CLOCK_MONOTONIC in nanoseconds; 0: none is out */
+};
+/* From any thread while the queue exists; counters that belong together may be one step apart. Looks at every slot if a
+ * chain is out. */
+void vu_queue_get_stats(const vu_queue *queue, struct vu_queue_stats *stats);
+void vu_queue_kicked(vu_queue *queue); /* its thread has taken a kick */
 
 /* Pops up to `max` chains: the count, 0 if the ring is empty, or the sticky code. Chains in front of one that breaks
  * the ring are handed out first. After a restart the chains that the in-flight region names come first, in the order in
@@ -514,8 +530,6 @@ struct vu_blk_stats {
     uint64_t bytes_read, bytes_written;
     uint64_t errors;      /* requests that ended in IOERR */
     uint64_t unsupported; /* requests that ended in UNSUPP */
-    uint64_t completed;   /* requests, whatever their status */
-    uint64_t kicks, calls, batches;
 };
 
 vu_blk *vu_blk_new(const struct vu_blk_config *config, int *error);

@@ -200,7 +200,6 @@ static int execute(struct vu_blk_run *run, vu_chain *chain, uint32_t *type, uint
 /* Writes the status, counts, and says in *length how many bytes were written into the chain: 1 or VU_E_FAULT. */
 static int answer(struct vu_blk_run *run, vu_chain *chain, uint8_t status, uint64_t written, uint32_t *length)
 {
-    run->tally.completed++;
     run->tally.errors += status == VIRTIO_BLK_S_IOERR;
     run->tally.unsupported += status == VIRTIO_BLK_S_UNSUPP;
     /* The status is the last byte, so the dirty log reaches to the end: what a failed read left behind is in it too. */
@@ -231,7 +230,6 @@ int vu_blk_serve(struct vu_blk_run *run, vu_chain *chain, uint32_t *length)
     uint64_t moved = 0;
     *length = 0;
     if (!chain->writable) { /* no room for a status: nothing is executed */
-        run->tally.completed++;
         run->tally.errors++;
         return 1;
     }

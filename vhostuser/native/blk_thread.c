@@ -12,8 +12,6 @@
 static void settle(struct vu_blk_run *run)
 {
     const uint64_t *tally = (const uint64_t *)&run->tally;
-    run->tally.kicks += run->engine.kicks;
-    run->engine.kicks = 0;
     for (size_t i = 0; i < VU_BLK_COUNTERS; i++)
         if (tally[i])
             atomic_fetch_add_explicit(&run->blk->counters[i], tally[i], memory_order_relaxed);
@@ -27,9 +25,8 @@ static int push(struct vu_blk_run *run)
         return 0;
     int code = vu_queue_push(run->queue, run->done, run->lengths, run->finished);
     run->finished = 0;
-    run->tally.batches++;
     if (code == 0) /* a call descriptor that is of no use is the front-end's affair: only a broken ring counts here */
-        run->tally.calls += vu_queue_signal(run->queue) > 0;
+        vu_queue_signal(run->queue);
     settle(run);
     return code ? code : vu_queue_broken(run->queue);
 }

@@ -28,6 +28,24 @@ static inline uint64_t vu_least(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
+/* ---- counters --------------------------------------------------------------------------------------------- */
+
+/* Adds to a counter that one thread writes and any may read: no locked instruction. */
+static inline void vu_add(_Atomic uint64_t *counter, uint64_t n)
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+}
+
+enum { VU_BUCKETS = 32 };
+
+/* Of a histogram in powers of two: n for [2^n, 2^(n+1)) microseconds, 0 from 0; the last for all that is longer. */
+static inline unsigned vu_bucket(uint64_t ns)
+{
+    uint64_t us = ns / 1000;
+    unsigned bucket = us < 2 ? 0 : 63 - (unsigned)__builtin_clzll(us);
+    return bucket < VU_BUCKETS ? bucket : VU_BUCKETS - 1;
+}
+
 /* ---- the guard ------------------------------------------------------------------------------------------
  * A peer may truncate a file under our mapping (SIGBUS), and we revoke mappings under our own threads (SIGSEGV).
  * Code that touches guest memory runs between vu_guard_enter and vu_guard_leave:

@@ -33,7 +33,7 @@ static void drain_kick(struct vu_engine *engine)
 {
     uint64_t count;
     struct iovec iov = {&count, sizeof count};
-    engine->kicks++;
+    vu_queue_kicked(engine->queue);
     if (preadv2(engine->kick, &iov, 1, -1, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP)
         engine->kick = -1;
 }

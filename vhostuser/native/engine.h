@@ -21,7 +21,6 @@ struct vu_engine {
     uint64_t stop_check; /* when `stop` was looked at */
     uint64_t window;     /* ns: how long to poll after `active`, adapted between 0 and `patience` */
     uint64_t patience;
-    uint64_t kicks;      /* taken from the descriptor; the engine takes them from here */
 };
 
 struct vu_engine_tasks {

@@ -148,11 +148,9 @@ static void wake_runs(struct vu_faults *server, const struct run *runs, uint32_t
 
 static void count_wait(struct vu_fault_client *client, uint64_t ns)
 {
-    uint64_t us = ns / 1000;
-    int bucket = us < 2 ? 0 : 63 - __builtin_clzll(us);
     VU_CLIENT_COUNT(client, woken, 1);
     VU_CLIENT_COUNT(client, blocked_ns, ns);
-    VU_CLIENT_COUNT(client, histogram[bucket < 32 ? bucket : 31], 1);
+    VU_CLIENT_COUNT(client, histogram[vu_bucket(ns)], 1);
 }
 
 static struct run run_of(struct vu_faults *server, const struct vu_wait *wait)

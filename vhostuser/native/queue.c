@@ -93,12 +93,7 @@ uint32_t vu_queue_base(const vu_queue *queue)
 
 uint32_t vu_queue_out(const vu_queue *queue)
 {
-    return atomic_load(&queue->out);
-}
-
-uint64_t vu_queue_returned(const vu_queue *queue)
-{
-    return atomic_load_explicit(&queue->returned, memory_order_relaxed);
+    return (uint32_t)atomic_load(&queue->out);
 }
 
 int vu_queue_broken(const vu_queue *queue)
@@ -195,6 +190,7 @@ static void release(vu_queue *queue, vu_chain *chain)
     if (!slot->out)
         return;
     slot->out = false;
+    atomic_store_explicit(&slot->since, 0, memory_order_relaxed);
     /* Whoever still holds the chain finds nothing to copy in it: its segments may be gone. */
     chain->readable_count = chain->writable_count = 0;
     chain->readable = chain->writable = 0;
@@ -203,6 +199,60 @@ static void release(vu_queue *queue, vu_chain *chain)
         queue->large -= slot->capacity;
         slot->capacity = 0;
     }
+}
+
+/* ---- what is counted --------------------------------------------------------------------------------------
+ * By the queue's thread alone, and before it is done: whoever was called finds in the counters what for. */
+
+static void count_popped(vu_queue *queue, vu_chain *const *chains, uint32_t count)
+{
+    uint64_t now = vu_clock_ns();
+    vu_add(&queue->out, count);
+    for (uint32_t i = 0; i < count; i++)
+        atomic_store_explicit(&((struct vu_slot *)chains[i])->since, now, memory_order_relaxed);
+}
+
+static void count_returned(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
+{
+    uint64_t now = vu_clock_ns(), readable = 0, written = 0, served = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t ns = now - atomic_load_explicit(&((struct vu_slot *)chains[i])->since, memory_order_relaxed);
+        readable += chains[i]->readable;
+        written += vu_least(lengths ? lengths[i] : chains[i]->filled, chains[i]->writable);
+        served += ns;
+        vu_add(VU_QUEUE_COUNTER(queue, histogram) + vu_bucket(ns), 1);
+    }
+    vu_add(&queue->out, -(uint64_t)count);
+    vu_add(VU_QUEUE_COUNTER(queue, returned), count);
+    vu_add(VU_QUEUE_COUNTER(queue, readable), readable);
+    vu_add(VU_QUEUE_COUNTER(queue, written), written);
+    vu_add(VU_QUEUE_COUNTER(queue, batches), 1);
+    vu_add(VU_QUEUE_COUNTER(queue, served_ns), served);
+}
+
+void vu_queue_kicked(vu_queue *queue)
+{
+    vu_add(VU_QUEUE_COUNTER(queue, kicks), 1);
+}
+
+static uint64_t oldest(const vu_queue *queue)
+{
+    uint64_t first = 0;
+    for (uint32_t i = 0; i < queue->size; i++) {
+        uint64_t since = atomic_load_explicit(&queue->slots[i].since, memory_order_relaxed);
+        if (since && (!first || since < first))
+            first = since;
+    }
+    return first;
+}
+
+void vu_queue_get_stats(const vu_queue *queue, struct vu_queue_stats *stats)
+{
+    uint64_t *copy = (uint64_t *)stats;
+    for (size_t i = 0; i < VU_QUEUE_COUNTERS; i++)
+        copy[i] = atomic_load_explicit(&queue->counters[i], memory_order_relaxed);
+    stats->out = vu_queue_out(queue);
+    stats->oldest = stats->out ? oldest(queue) : 0;
 }
 
 /* ---- the ring ------------------------------------------------------------------------------------------ */
@@ -248,7 +298,7 @@ int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max)
     int code = pop_guarded(queue, chains, max, &done);
     uint32_t count = done;
     if (count)
-        atomic_fetch_add_explicit(&queue->out, count, memory_order_relaxed);
+        count_popped(queue, chains, count);
     return count ? (int)count : code;
 }
 
@@ -263,11 +313,10 @@ int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *leng
 {
     if (!count)
         return atomic_load(&queue->broken);
+    count_returned(queue, chains, lengths, count);
     int code = push_guarded(queue, chains, lengths, count);
     for (uint32_t i = 0; i < count; i++)
         release(queue, chains[i]);
-    atomic_fetch_sub_explicit(&queue->out, count, memory_order_relaxed);
-    atomic_fetch_add_explicit(&queue->returned, count, memory_order_relaxed);
     return code;
 }
 
@@ -318,6 +367,7 @@ int vu_queue_signal(vu_queue *queue)
     if (call < 0)
         return 0;
     uint64_t one = 1;
+    vu_add(VU_QUEUE_COUNTER(queue, calls), 1);
     /* EAGAIN: the counter is full, so the driver has been told often enough. */
     if (write(call, &one, sizeof one) < 0 && errno != EAGAIN)
         return VU_E_SYS;

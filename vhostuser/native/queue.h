@@ -118,6 +118,9 @@ void vu_inflight_seal(struct vu_inflight_queue *queue, uint16_t used);
 /* ---- the queue -------------------------------------------------------------------------------------------------- */
 
 #define VU_SLOT_SEGMENTS 4
+#define VU_QUEUE_COUNTERS (offsetof(struct vu_queue_stats, out) / sizeof(uint64_t))
+#define VU_QUEUE_COUNTER(queue, name) \
+    (&(queue)->counters[offsetof(struct vu_queue_stats, name) / sizeof(uint64_t)])
 
 /* Where a chain lives from pop to push: the slot of its head, so a head that is out already is seen at once. */
 struct vu_slot {
@@ -125,6 +128,7 @@ struct vu_slot {
     struct vu_ahead_link link;
     uint32_t capacity; /* of chain.segments */
     bool out;
+    _Atomic uint64_t since; /* when it was popped, in nanoseconds; 0: it is not out */
     vu_segment few[VU_SLOT_SEGMENTS]; /* a block request of one page needs three */
 };
 
@@ -142,8 +146,8 @@ struct vu_queue {
     _Atomic uint16_t next_avail;
     uint16_t used_index;     /* ours; what the ring says is never read back */
     uint16_t signalled;      /* used_index at the last signal */
-    _Atomic uint32_t out;      /* chains popped and not pushed */
-    _Atomic uint64_t returned; /* chains pushed */
+    _Atomic uint64_t out;    /* chains popped and not pushed */
+    _Atomic uint64_t counters[VU_QUEUE_COUNTERS]; /* in the order of struct vu_queue_stats */
     const struct vu_desc *desc;
     struct vu_avail *avail;
     struct vu_used *used;

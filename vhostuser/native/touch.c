@@ -21,7 +21,7 @@
 
 #include "core.h"
 
-enum { BUCKETS = 32, WINDOW = 512 };
+enum { WINDOW = 512 };
 
 /* A call that blocks in vu_touch_spans. */
 struct round {
@@ -53,7 +53,7 @@ struct vu_touch {
     uint32_t slots;                      /* of the table: a power of two */
     uint32_t capacity;
     bool stopping;
-    _Atomic uint64_t waited, ahead, lost, blocked_ns, histogram[BUCKETS];
+    _Atomic uint64_t waited, ahead, lost, blocked_ns, histogram[VU_BUCKETS];
     struct errand errands[];
 };
 
@@ -82,12 +82,10 @@ static void count(_Atomic uint64_t *counter, uint64_t n)
 
 static void count_wait(vu_touch *touch, uint64_t ns, bool ahead)
 {
-    uint64_t us = ns / 1000;
-    int bucket = us < 2 ? 0 : 63 - __builtin_clzll(us);
     count(&touch->waited, 1);
     count(&touch->ahead, ahead);
     count(&touch->blocked_ns, ns);
-    count(&touch->histogram[bucket < BUCKETS ? bucket : BUCKETS - 1], 1);
+    count(&touch->histogram[vu_bucket(ns)], 1);
 }
 
 /* 0 or VU_E_FAULT; blocks while the page is missing. Never with the lock held. */
@@ -311,7 +309,7 @@ void vu_touch_stats(const vu_touch *touch, struct vu_fault_stats *stats)
     stats->ahead = atomic_load_explicit(&touch->ahead, memory_order_relaxed);
     stats->lost = atomic_load_explicit(&touch->lost, memory_order_relaxed);
     stats->blocked_ns = atomic_load_explicit(&touch->blocked_ns, memory_order_relaxed);
-    for (int i = 0; i < BUCKETS; i++)
+    for (int i = 0; i < VU_BUCKETS; i++)
         stats->histogram[i] = atomic_load_explicit(&touch->histogram[i], memory_order_relaxed);
 }
 
