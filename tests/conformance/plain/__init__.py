@@ -1,0 +1,31 @@
+"""A second data path for our disk, in plain Python: slow, small, every step of it a method that can be overridden.
+
+What belongs here: what the native data path does, written again as a reader of the specification would begin.
+What does not: faults, each of which is an override of a step (``tests.conformance.broken``).
+
+It serves where pages are present, and takes the place of the native queue, engine and in-flight region. Guest memory is
+still touched through C, so that a file that shrinks raises instead of ending the process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.conformance.plain.disk import Disk
+from tests.conformance.plain.inflight import Inflight
+from tests.conformance.plain.queue import Queue
+from vhostuser.devices import blk
+from vhostuser.virtqueue import InflightRegion, RingSetup
+
+__all__ = ["Disk", "Inflight", "Queue", "install"]
+
+
+def install(queue: type[Queue] = Queue, disk: type[Disk] = Disk, inflight: type[Inflight] = Inflight) -> None:
+    """Has this process serve its rings by these."""
+
+    def opened(setup: RingSetup, memory: Any, *, log: Any = None, inflight: Any = None) -> Queue:
+        return queue(setup, memory, log, inflight)
+
+    RingSetup.open = opened  # type: ignore[method-assign,assignment]
+    blk.BlkEngine = disk  # type: ignore[misc,assignment]
+    InflightRegion.map = inflight.map  # type: ignore[method-assign,assignment]

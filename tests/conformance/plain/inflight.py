@@ -1,0 +1,156 @@
+"""The buffer of requests in flight, as split rings mark it (vhost-user specification, "Inflight I/O tracking").
+
+What belongs here: the layout and its order of writes. It is read and written through its file, which a front-end may
+cut off without harm.
+"""
+
+from __future__ import annotations
+
+import os
+from struct import Struct
+from typing import Any, Self
+
+from tests.conformance.plain.ring import Bad
+from vhostuser._native import lib
+from vhostuser.virtqueue import InflightRegion
+
+VERSION = 1
+_ALIGNMENT = 64
+_HEADER = Struct("=QHHHH")
+_ENTRY = Struct("=B5xHQ")
+_VERSION_AT, _SIZE_AT, _LAST_AT, _USED_AT = 8, 10, 12, 14
+_NEXT_AT, _COUNTER_AT = 6, 8
+
+_judged = InflightRegion.map
+
+
+class Inflight:
+    """The whole buffer, of ``size`` entries for each queue from ``offset`` of the file on. Owns its descriptor."""
+
+    queue_type: type[InflightQueue]
+
+    def __init__(self, fd: int, offset: int, queues: int, queue_size: int) -> None:
+        self.fd = fd
+        self.offset = offset
+        self.queues = queues
+        self.queue_size = queue_size
+
+    @classmethod
+    def map(cls, fd: int, given: Any) -> Self:
+        """What SET_INFLIGHT_FD gives. Raises RequestRefused."""
+        _judged(fd, given)
+        return cls(os.dup(fd), given.mmap_offset, given.num_queues, given.queue_size)
+
+    def queue(self, index: int, size: int) -> InflightQueue:
+        """The part of one queue of ``size`` entries. Raises Bad."""
+        if index >= self.queues or size > self.queue_size:
+            raise Bad(lib.VU_E_INFLIGHT)
+        stride = -(-(_HEADER.size + _ENTRY.size * self.queue_size) // _ALIGNMENT) * _ALIGNMENT
+        return self.queue_type(self, self.offset + index * stride, size)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class InflightQueue:
+    """One queue's part. Recover first."""
+
+    def __init__(self, buffer: Inflight, at: int, size: int) -> None:
+        self.buffer = buffer
+        self.at = at
+        self.size = size
+        self.counter = 0
+        self.last = 0
+        """The head that was given back last."""
+
+    # ---- fields
+
+    def load(self, at: int, length: int) -> int:
+        data = os.pread(self.buffer.fd, length, self.at + at)
+        if len(data) < length:
+            raise Bad(lib.VU_E_FAULT)
+        return int.from_bytes(data, "little")
+
+    def store(self, at: int, length: int, value: int) -> None:
+        os.pwrite(self.buffer.fd, value.to_bytes(length, "little"), self.at + at)
+
+    def entry(self, head: int) -> int:
+        """Where the entry of a head begins."""
+        return _HEADER.size + _ENTRY.size * head
+
+    # ---- after a start
+
+    def recover(self, used: int) -> list[int]:
+        """Heads that were taken and not given back, in the order in which they were taken."""
+        version = self.load(_VERSION_AT, 2)
+        if version > VERSION:
+            raise Bad(lib.VU_E_INFLIGHT)
+        heads = self.taken() if version else []
+        if heads:
+            heads = self.judge(heads, used)
+        if not version:
+            self.clear()
+        self.seal(used)
+        self.store(_LAST_AT, 2, self.last)
+        self.store(_SIZE_AT, 2, self.size)
+        self.store(_VERSION_AT, 2, VERSION)
+        return heads
+
+    def taken(self) -> list[int]:
+        """The heads that are marked."""
+        heads = [head for head in range(self.size) if self.load(self.entry(head), 1)]
+        return sorted(heads, key=self.counter_of)
+
+    def counter_of(self, head: int) -> int:
+        return self.load(self.entry(head) + _COUNTER_AT, 8)
+
+    def judge(self, heads: list[int], used: int) -> list[int]:
+        """Those that are in flight really: the last batch may have been given back without having been unmarked."""
+        if self.load(_SIZE_AT, 2) != self.size:
+            raise Bad(lib.VU_E_INFLIGHT)
+        self.finish_batch((used - self.load(_USED_AT, 2)) % 65536)
+        heads = self.taken()
+        if heads:
+            self.counter = self.counter_of(heads[-1]) + 1
+        return heads
+
+    def finish_batch(self, given_back: int) -> None:
+        """Unmarks so many, from the last batch's head on."""
+        if given_back > self.size:
+            raise Bad(lib.VU_E_INFLIGHT)
+        head = self.load(_LAST_AT, 2)
+        for _ in range(given_back):
+            if head >= self.size:
+                raise Bad(lib.VU_E_INFLIGHT)
+            self.finish(head)
+            head = self.load(self.entry(head) + _NEXT_AT, 2)
+
+    def clear(self) -> None:
+        """A buffer that nobody has used marks nothing."""
+        for head in range(self.size):
+            self.finish(head)
+
+    # ---- while the ring runs
+
+    def take(self, head: int) -> None:
+        """Marks a head as taken."""
+        self.store(self.entry(head) + _COUNTER_AT, 8, self.counter)
+        self.counter += 1
+        self.store(self.entry(head), 1, 1)
+
+    def link(self, head: int) -> None:
+        """Names the head that is about to be given back."""
+        self.store(self.entry(head) + _NEXT_AT, 2, self.last)
+        self.last = head
+        self.store(_LAST_AT, 2, head)
+
+    def finish(self, head: int) -> None:
+        """It was given back."""
+        self.store(self.entry(head), 1, 0)
+
+    def seal(self, used: int) -> None:
+        """The used index up to which the marks hold."""
+        self.store(_USED_AT, 2, used)
+
+
+Inflight.queue_type = InflightQueue
