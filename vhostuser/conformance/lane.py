@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 from typing import NamedTuple
 
 from vhostuser.conformance.suite import Violation, check, equal
@@ -85,6 +86,14 @@ class Lane:
     def kick(self) -> None:
         """Notifies the back-end."""
         self.ring.kick()
+
+    async def kick_seen(self) -> None:
+        """Waits until the back-end has taken the kick's counter; while a ring may not run, it need not."""
+        deadline = asyncio.get_running_loop().time() + self.quiet
+        while _readable(self.ring.kick_fd):
+            if asyncio.get_running_loop().time() > deadline:
+                return
+            await asyncio.sleep(_LOOK)
 
     # ---- requests
 
@@ -221,3 +230,9 @@ class Lane:
     def close(self) -> None:
         """Closes the eventfds."""
         self.ring.close()
+
+
+def _readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))

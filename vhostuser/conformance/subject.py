@@ -145,6 +145,30 @@ class Subject:
         await self.kill()
         self._directory.cleanup()
 
+    async def spins(self, seconds: float) -> bool:
+        """Does a thread of the back-end use all the processor time that it can get, for so long?
+
+        One that only looks now and then runs for less than a millisecond at a time; one that spins, until it is made to
+        wait, and it never waits for anything else.
+        """
+        before = self._threads()
+        await asyncio.sleep(seconds)
+        for thread, (ran, waited, turns) in self._threads().items():
+            ran_before, waited_before, turns_before = before.get(thread, (ran, waited, turns))
+            busy = ran - ran_before + waited - waited_before
+            if busy > 0.8e9 * seconds and ran - ran_before > 1e6 * (turns - turns_before):
+                return True
+        return False
+
+    def _threads(self) -> dict[str, tuple[int, int, int]]:
+        """Nanoseconds that each thread of the back-end ran and waited to run, and how many times it ran."""
+        found = {}
+        for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):
+                ran, waited, turns = map(int, path.read_text().split())
+                found[path.parent.name] = ran, waited, turns
+        return found
+
     async def survived(self, quiet: float) -> None:
         """Raises Violation if our process was ended by a signal that was not ours, now or within ``quiet`` seconds."""
         await self._ended(quiet)

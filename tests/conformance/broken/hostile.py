@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from typing import Any
 
 from tests.conformance.broken.registry import FAULTS, Fault, crash, fault
+from tests.conformance.plain import Queue, override
+from tests.conformance.plain.ring import Bad
+from tests.conformance.plain.ring import Ring as Fields
 from vhostuser._native import lib
 from vhostuser.lifecycle import Lifecycle
 from vhostuser.protocol import (
@@ -51,7 +56,7 @@ def _dies(name: str, codes: tuple[int, ...], *fails: str) -> None:
 
 _dies("circles", (lib.VU_E_LOOP,), "hostile.loop", "hostile.indirect-loop", "hostile.loop-of-one")
 _dies("order", (lib.VU_E_ORDER,), "hostile.readable-after-writable")
-_dies("jumps", (lib.VU_E_INDEX,), "hostile.index-ahead", "hostile.index-back")
+_dies("jumps", (lib.VU_E_INDEX,), "hostile.index-ahead", "hostile.index-back", "hostile.over-the-ring")
 _dies("numbers", (lib.VU_E_HEAD,), "hostile.head-outside", "hostile.head-far-outside", "hostile.next-outside")
 _dies("links_of_tables", (lib.VU_E_HEAD,), "hostile.indirect-link-outside")
 _dies("tables", (lib.VU_E_INDIRECT,), "hostile.indirect-odd", "hostile.indirect-empty", "hostile.indirect-nested")
@@ -60,6 +65,92 @@ _dies("wraps", (lib.VU_E_OVERFLOW,), "hostile.buffer-wraps")
 _dies(
     "addresses", (lib.VU_E_RANGE,),
     *("hostile.indirect-outside", "hostile.indirect-over-the-end", "hostile.buffer-outside", "hostile.buffer-huge"),
-    *("hostile.buffer-over-the-end", "hostile.header-outside", "hostile.status-outside"),
+    *("hostile.buffer-over-the-end", "hostile.header-outside", "hostile.status-outside", "memory.unmaps-data"),
 )  # fmt: skip
 _dies("lost_memory", (lib.VU_E_FAULT,), "memory.file-shrinks-ring")
+
+
+@fault("hostile.changes")
+def dies_of_a_broken_ring_that_is_kicked_on_and_on() -> None:
+    right = Lifecycle._ring_ended
+    kicks = 0
+
+    def kicked(ring: Ring) -> None:
+        nonlocal kicks
+        kicks += os.eventfd_read(ring.kick) if ring.kick is not None else 0
+        if kicks > 8:
+            crash()
+
+    def ended(life: Lifecycle, ring: Ring, broken: Any) -> None:
+        right(life, ring, broken)
+        if broken is not None and ring.kick is not None:
+            asyncio.get_running_loop().add_reader(ring.kick, kicked, ring)
+
+    Lifecycle._ring_ended = ended  # type: ignore[method-assign]
+
+
+# ---- rings where no ring can be
+
+
+def _places(code: int) -> None:
+    """A disk that crashes where it should have judged a ring's place with this code."""
+    right = Queue.part
+
+    def part(queue: Queue, user: int, length: int, alignment: int) -> int:
+        try:
+            return right(queue, user, length, alignment)
+        except Bad as bad:
+            if bad.code == code:
+                crash()
+            raise
+
+    override(Queue, part=part)
+
+
+@fault("address.outside", "address.null", "memory.unmaps-ring", "slots.removed-ring")
+def dies_of_a_ring_outside_of_memory() -> None:
+    right = Queue.part
+
+    def part(queue: Queue, user: int, length: int, alignment: int) -> int:
+        if not any(region.user <= user < region.user + region.size for region in queue.memory.regions):
+            crash()
+        return right(queue, user, length, alignment)
+
+    override(Queue, part=part)
+
+
+@fault("address.desc-over-the-end", "address.avail-over-the-end", "address.used-over-the-end")
+def looks_only_where_a_ring_begins() -> None:
+    right = Queue.part
+    override(Queue, part=lambda queue, user, length, alignment: right(queue, user, 1, alignment))
+    for name in ("descriptor_at", "avail_head", "put_used"):
+        override(Fields, **{name: _crashing(getattr(Fields, name))})
+
+
+def _crashing(step: Any) -> Any:
+    """What is outside of memory is taken for inside."""
+
+    def done(*arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except (Bad, LookupError):
+            crash()
+
+    return done
+
+
+@fault("address.misaligned")
+def dies_of_odd_addresses() -> None:
+    _places(lib.VU_E_ALIGN)
+
+
+@fault("address.overlapping")
+def dies_of_parts_on_each_other() -> None:
+    right = Queue.place
+
+    def place(queue: Queue) -> None:
+        right(queue)
+        if queue.ring.desc == queue.ring.avail:
+            crash()
+
+    override(Queue, place=place)

@@ -12,20 +12,28 @@ from __future__ import annotations
 from typing import Any
 
 from tests.conformance.plain.disk import Disk
-from tests.conformance.plain.inflight import Inflight
+from tests.conformance.plain.inflight import Inflight, InflightQueue
 from tests.conformance.plain.queue import Queue
 from vhostuser.devices import blk
 from vhostuser.virtqueue import InflightRegion, RingSetup
 
-__all__ = ["Disk", "Inflight", "Queue", "install"]
+__all__ = ["Disk", "InflightQueue", "Queue", "install", "override"]
 
 
-def install(queue: type[Queue] = Queue, disk: type[Disk] = Disk, inflight: type[Inflight] = Inflight) -> None:
-    """Has this process serve its rings by these."""
+def install() -> None:
+    """Has this process serve its rings by this data path."""
 
     def opened(setup: RingSetup, memory: Any, *, log: Any = None, inflight: Any = None) -> Queue:
-        return queue(setup, memory, log, inflight)
+        return Queue(setup, memory, log, inflight)
 
     RingSetup.open = opened  # type: ignore[method-assign,assignment]
-    blk.BlkEngine = disk  # type: ignore[misc,assignment]
-    InflightRegion.map = inflight.map  # type: ignore[method-assign,assignment]
+    blk.BlkEngine = Disk  # type: ignore[misc,assignment]
+    InflightRegion.map = Inflight.map  # type: ignore[method-assign,assignment]
+
+
+def override(owner: type, **steps: Any) -> None:
+    """Installs it with these steps of one of its classes done in another way, for as long as this process lives."""
+    install()
+    for name, step in steps.items():
+        assert hasattr(owner, name), f"{owner.__name__} has no step {name}"
+        setattr(owner, name, step)

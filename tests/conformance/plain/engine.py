@@ -34,7 +34,7 @@ class Engine:
                     head = chain.head
                     self.finish(queue, chain)
                 elif not queue.arm():
-                    kick = self.rest(kick, stop)
+                    kick = self.rest(queue, kick, stop)
                     queue.disarm()
         except Bad as bad:
             raise queue.broken_by(bad.code, head) from None
@@ -53,7 +53,7 @@ class Engine:
         """Were we told to end?"""
         return bool(select.select([stop], [], [], 0)[0])
 
-    def rest(self, kick: int, stop: int) -> int:
+    def rest(self, queue: Queue, kick: int, stop: int) -> int:
         """Sleeps until a kick or the stop; the kick from then on, -1 where there is none any more."""
         poll = select.poll()
         poll.register(stop, select.POLLIN)

@@ -18,16 +18,14 @@ VERSION = 1
 _ALIGNMENT = 64
 _HEADER = Struct("=QHHHH")
 _ENTRY = Struct("=B5xHQ")
-_VERSION_AT, _SIZE_AT, _LAST_AT, _USED_AT = 8, 10, 12, 14
+VERSION_AT, SIZE_AT, LAST_AT, USED_AT = 8, 10, 12, 14
 _NEXT_AT, _COUNTER_AT = 6, 8
 
 _judged = InflightRegion.map
 
 
 class Inflight:
-    """The whole buffer, of ``size`` entries for each queue from ``offset`` of the file on. Owns its descriptor."""
-
-    queue_type: type[InflightQueue]
+    """The whole buffer: ``queue_size`` entries for each queue, from ``offset`` of the file on. Owns its descriptor."""
 
     def __init__(self, fd: int, offset: int, queues: int, queue_size: int) -> None:
         self.fd = fd
@@ -46,7 +44,7 @@ class Inflight:
         if index >= self.queues or size > self.queue_size:
             raise Bad(lib.VU_E_INFLIGHT)
         stride = -(-(_HEADER.size + _ENTRY.size * self.queue_size) // _ALIGNMENT) * _ALIGNMENT
-        return self.queue_type(self, self.offset + index * stride, size)
+        return InflightQueue(self, self.offset + index * stride, size)
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -82,7 +80,7 @@ class InflightQueue:
 
     def recover(self, used: int) -> list[int]:
         """Heads that were taken and not given back, in the order in which they were taken."""
-        version = self.load(_VERSION_AT, 2)
+        version = self.load(VERSION_AT, 2)
         if version > VERSION:
             raise Bad(lib.VU_E_INFLIGHT)
         heads = self.taken() if version else []
@@ -91,9 +89,9 @@ class InflightQueue:
         if not version:
             self.clear()
         self.seal(used)
-        self.store(_LAST_AT, 2, self.last)
-        self.store(_SIZE_AT, 2, self.size)
-        self.store(_VERSION_AT, 2, VERSION)
+        self.store(LAST_AT, 2, self.last)
+        self.store(SIZE_AT, 2, self.size)
+        self.store(VERSION_AT, 2, VERSION)
         return heads
 
     def taken(self) -> list[int]:
@@ -106,9 +104,9 @@ class InflightQueue:
 
     def judge(self, heads: list[int], used: int) -> list[int]:
         """Those that are in flight really: the last batch may have been given back without having been unmarked."""
-        if self.load(_SIZE_AT, 2) != self.size:
+        if self.load(SIZE_AT, 2) != self.size:
             raise Bad(lib.VU_E_INFLIGHT)
-        self.finish_batch((used - self.load(_USED_AT, 2)) % 65536)
+        self.finish_batch((used - self.load(USED_AT, 2)) % 65536)
         heads = self.taken()
         if heads:
             self.counter = self.counter_of(heads[-1]) + 1
@@ -118,7 +116,7 @@ class InflightQueue:
         """Unmarks so many, from the last batch's head on."""
         if given_back > self.size:
             raise Bad(lib.VU_E_INFLIGHT)
-        head = self.load(_LAST_AT, 2)
+        head = self.load(LAST_AT, 2)
         for _ in range(given_back):
             if head >= self.size:
                 raise Bad(lib.VU_E_INFLIGHT)
@@ -142,7 +140,7 @@ class InflightQueue:
         """Names the head that is about to be given back."""
         self.store(self.entry(head) + _NEXT_AT, 2, self.last)
         self.last = head
-        self.store(_LAST_AT, 2, head)
+        self.store(LAST_AT, 2, head)
 
     def finish(self, head: int) -> None:
         """It was given back."""
@@ -150,7 +148,4 @@ class InflightQueue:
 
     def seal(self, used: int) -> None:
         """The used index up to which the marks hold."""
-        self.store(_USED_AT, 2, used)
-
-
-Inflight.queue_type = InflightQueue
+        self.store(USED_AT, 2, used)

@@ -145,8 +145,12 @@ class Queue:
         chain = self.parse(head)
         if self.inflight is not None:
             self.inflight.take(head)
-        self.next = (self.next + 1) % 65536
+        self.next = self.after(self.next)
         return chain
+
+    def after(self, index: int) -> int:
+        """The index behind this one."""
+        return (index + 1) % 65536
 
     def waiting(self) -> int:
         """How many chains wait to be taken."""
@@ -220,7 +224,7 @@ class Queue:
         if self.inflight is not None:
             self.inflight.link(chain.head)
         self.put_entry(chain.head, min(length, chain.room))
-        self.used = (self.used + 1) % 65536
+        self.used = self.after(self.used)
         self.put_index()
         if self.inflight is not None:
             self.inflight.finish(chain.head)

@@ -197,7 +197,9 @@ async def _(peer: Peer) -> None:
 @CASES.must("again", "Marking begins again when LOG_ALL is set again, as in a second migration.", SHMFD, ALL, BLK)
 async def _(peer: Peer) -> None:
     lane, log = await _logged(peer)
+    await lane.works(READ)
     await peer.frontend.stop_log()
+    await lane.works(READ)
     log.take()
     await peer.frontend.start_log(log)
     await lane.works(READ)
@@ -217,6 +219,7 @@ async def _(peer: Peer) -> None:
 @CASES.must("after-stop", "After GET_VRING_BASE nothing is marked any more.", SHMFD, ALL, BLK)
 async def _(peer: Peer) -> None:
     lane, log = await _logged(peer, used=True)
+    await lane.works(READ)
     lane.offer(READ)
     lane.kick()
     await lane.stop()

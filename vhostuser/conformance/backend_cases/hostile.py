@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import struct
 from collections.abc import Callable
+from contextlib import suppress
 
 from vhostuser.conformance.bench import Need
 from vhostuser.conformance.lane import DEPTH, Lane
@@ -250,11 +252,11 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     lane = await peer.lane()
     await lane.works()
-    for part in (lane.queue.desc, lane.queue.avail, lane.queue.used):
+    for part in (lane.queue.desc, lane.queue.used, lane.queue.avail):
         lane.plain_chain()
         _data(lane, part)
         lane.kick()
-    await asyncio.sleep(peer.quiet)
+        await asyncio.sleep(peer.quiet)
     await _another_works(peer)
 
 
@@ -306,8 +308,9 @@ async def _(peer: Peer) -> None:
 # ---- rings where no ring can be
 
 
-def _placed(name: str, rule: str, desc: int, avail: int, used: int) -> None:
-    """desc, avail, used: bytes from the beginning of memory's user addresses."""
+def _placed(name: str, rule: str, desc: int, avail: int, used: int, *, absolute: bool = False) -> None:
+    """desc, avail, used: bytes from the beginning of memory's user addresses, or absolute ones. A request waits there,
+    whose head and descriptor are the second of their parts."""
 
     @ADDRESS.must(name, rule, Need.RINGS)
     async def _(peer: Peer) -> None:
@@ -315,9 +318,13 @@ def _placed(name: str, rule: str, desc: int, avail: int, used: int) -> None:
         memory = await peer.share()
         lane = peer.make_lane()
         await lane.start(enable=False)
-        user = memory.map.guest_to_host(0)
-        places = [(user + part) % (1 << 64) for part in (desc, used, avail)]
-        await peer.react(F.SET_VRING_ADDR, VringAddress(lane.index, 0, places[0], places[1], places[2], 0))
+        with suppress(LookupError):
+            memory.write(avail, struct.pack("<HH", 0, 2))
+            memory.write(avail + 4, struct.pack("<HH", 1, 1))
+        user = 0 if absolute else memory.map.guest_to_host(0)
+        await peer.react(
+            F.SET_VRING_ADDR, VringAddress(lane.index, 0, desc=user + desc, used=user + used, avail=user + avail, log=0)
+        )
         await peer.react(F.SET_VRING_ENABLE, lane.index.to_bytes(4, "little") + b"\1\0\0\0")
         lane.kick()
         await asyncio.sleep(peer.quiet)
@@ -327,7 +334,7 @@ def _placed(name: str, rule: str, desc: int, avail: int, used: int) -> None:
 
 
 _placed("outside", "A ring outside of memory does no harm.", 1 << 40, 1 << 40, 1 << 40)
-_placed("null", "A ring at address 0 does no harm.", -(1 << 47), -(1 << 47), -(1 << 47))
+_placed("null", "A ring at address 0 does no harm.", 0, 0, 0, absolute=True)
 _placed("desc-over-the-end", "A table that goes on behind memory does no harm.", MEMORY - 16, 8192, 16384)
 _placed("avail-over-the-end", "An available ring that goes on behind memory does no harm.", 0, MEMORY - 4, 16384)
 _placed("used-over-the-end", "A used ring that goes on behind memory does no harm.", 0, 8192, MEMORY - 4)

@@ -6,6 +6,7 @@ A crash is not waited for but described: the buffer is written as a back-end lea
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 from contextlib import suppress
@@ -313,6 +314,7 @@ async def _(peer: Peer) -> None:
     _crashed(buffer, Entry(0, 1 << 63, after=0xFFFF), Entry(63, 0, after=63), used=0x8000, last_batch_head=0xFFFF)
     with suppress(RequestRefused, ConnectionError):
         await _recovers(peer, lane, buffer)
+        await asyncio.sleep(peer.quiet)
     await peer.serves_another()
 
 
@@ -325,6 +327,7 @@ async def _(peer: Peer) -> None:
         await _recovers(peer, lane, buffer)
         lane.offer(count=8)
         lane.kick()
+        await asyncio.sleep(peer.quiet)
     await peer.serves_another()
 
 

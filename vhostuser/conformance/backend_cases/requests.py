@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from vhostuser.conformance.bench import Need
+from vhostuser.conformance.lane import DEPTH
 from vhostuser.conformance.peer import MIB, Peer
 from vhostuser.conformance.suite import Theme, check, equal
 from vhostuser.driverqueue import Descriptor
@@ -28,6 +29,8 @@ def _works_with(name: str, rule: str, *features: VirtioFeature, size: int, count
         lane = peer.make_lane(size=size, indirect=INDIRECT in features)
         await lane.start()
         for _ in range(rounds):
+            for number in range(count):  # what is in the used ring must be of this round
+                lane.raw.use(lane.raw.used_index + number, 0xFFFFFFFF, 0)
             lane.offer(count=count)
             lane.kick()
             await lane.served()
@@ -141,6 +144,7 @@ async def _(peer: Peer) -> None:
     lane.kick()
     await lane.used_to(1)
     equal("the used entry", lane.raw.used_entry(0)[0], 40)
+    equal("the status", lane.memory.read(buffers.status, 1)[0], int(BlkStatus.OK))
 
 
 @SPLIT.must("link-ignored", "The link of a last descriptor has no meaning.", DISK)
@@ -151,6 +155,7 @@ async def _(peer: Peer) -> None:
     lane.push(0)
     lane.kick()
     await lane.used_to(1)
+    equal("the status", lane.memory.read(buffers.status, 1)[0], int(BlkStatus.OK))
 
 
 @SPLIT.must("used-length", "The used length is what was written: data and status of a read.", DISK)
@@ -239,11 +244,14 @@ async def _(peer: Peer) -> None:
     await lane.works(BlkRequest.flush())
 
 
-@BLK.must("get-id", "GET_ID is done with twenty bytes.", DISK)
+@BLK.must("get-id", "GET_ID is done with twenty bytes, or with fewer that end with a zero.", DISK)
 async def _(peer: Peer) -> None:
     lane = await peer.lane()
+    for slot in range(DEPTH):
+        lane.memory.write(lane.buffers(slot=slot).data, b"\xff" * 20)
     (answer,) = await lane.works(BlkRequest.get_id())
     check(answer.length <= 21, "up to 20 bytes and the status", f"{answer.length} bytes")
+    check(b"\xff" not in answer.data.split(b"\0")[0], "a zero behind the last character", answer.data.hex())
 
 
 async def _status(peer: Peer, request: BlkRequest) -> int:

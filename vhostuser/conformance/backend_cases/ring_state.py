@@ -20,6 +20,7 @@ Step = Callable[[Lane], Awaitable[object]]
 
 async def _kick(lane: Lane) -> None:
     lane.kick()
+    await lane.kick_seen()  # or it and the kick behind the offer might be one
 
 
 async def _enable(lane: Lane) -> None:

@@ -121,7 +121,7 @@ async def _(peer: Peer) -> None:
     await lane.stop()
     resized = peer.make_lane(size=16)
     await resized.start()
-    for _ in range(3):
+    for _ in range(4):
         resized.offer(count=5)
         resized.kick()
         await resized.served()
@@ -257,10 +257,14 @@ async def _(peer: Peer) -> None:
 
 @KICK.must("no-spin", "A pipe whose writer has gone is no reason to spin or to die.", RINGS)
 async def _(peer: Peer) -> None:
-    await peer.lane()
+    lane = await peer.lane()
+    await lane.works()
     read, write = peer.pipe()
     await peer.react(F.SET_VRING_KICK, VringFd(peer.index), (read,))
     os.write(write, b"12345678")
+    await asyncio.sleep(peer.quiet)
+    peer.drop(write)  # readable for ever, from now on
+    check(not await peer.subject.spins(4 * peer.quiet), "a back-end at rest", "one that uses a whole processor")
     await peer.serves_another()
 
 
@@ -270,6 +274,7 @@ async def _(peer: Peer) -> None:
 @CALL.must("called", "The driver is called when a request was returned.", RINGS)
 async def _(peer: Peer) -> None:
     lane = await peer.lane()
+    await lane.works()  # some call once when a ring starts, whatever comes of it
     await lane.calm()
     await lane.works()
     check(await lane.called(), "a call", "none")
