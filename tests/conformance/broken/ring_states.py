@@ -129,7 +129,7 @@ def features_disable() -> None:
         await right(connection, request)
         async with connection._life.halted():
             if same:
-                connection._session._every_ring(RingEvent.DISABLE)
+                connection._session._state._every_ring(RingEvent.DISABLE)
 
     handling(F.SET_FEATURES, change)
 

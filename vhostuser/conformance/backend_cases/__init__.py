@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from vhostuser.conformance.backend_cases import (
     backend_channel,
+    bases,
     config,
     dirty_log,
     framing,
@@ -34,7 +35,7 @@ _THEMES = (
     rings.SETUP,
     rings.KICK,
     rings.CALL,
-    rings.BASE,
+    bases.CASES,
     requests.SPLIT,
     requests.BLK,
     hostile.CASES,

@@ -1,4 +1,4 @@
-"""Kicks, calls, bases and the order in which a ring is set up. Sections of the SET_VRING_ messages."""
+"""Kicks, calls, and the order in which a ring is set up. Sections of the SET_VRING_ messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ RINGS, BIT_30 = Need.RINGS, V.PROTOCOL_FEATURES
 SETUP: Theme[Peer] = Theme("setup", "Ring states")
 KICK: Theme[Peer] = Theme("kick", F.SET_VRING_KICK.clause)
 CALL: Theme[Peer] = Theme("call", F.SET_VRING_CALL.clause)
-BASE: Theme[Peer] = Theme("base", F.GET_VRING_BASE.clause)
 
 
 # ---- setting up
@@ -347,145 +346,6 @@ async def _(peer: Peer) -> None:
     await lane.start()
     lane.kick()
     check(await lane.called(), "a call", "none")
-
-
-# ---- bases
-
-
-@BASE.must("count", "The base is the number of chains that were taken.", RINGS)
-async def _(peer: Peer) -> None:
-    lane = await peer.lane()
-    for _ in range(5):
-        await lane.works()
-    equal("the base", await lane.stop(), 5)
-
-
-@BASE.must("given", "The base of a ring in which nothing was taken is the one that was set.", RINGS)
-async def _(peer: Peer) -> None:
-    lane = await peer.lane(enable=False)
-    await peer.frontend.set_vring_base(lane.index, 7)
-    equal("the base", await lane.stop(), 7)
-
-
-@BASE.must("untouched", "A ring that was never set up has base 0, and a question for it does no harm.")
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    equal("the base", await peer.frontend.get_vring_base(peer.index), 0)
-
-
-@BASE.must("before-negotiation", "GET_VRING_BASE as the first message does no harm.")
-async def _(peer: Peer) -> None:
-    await peer.react(F.GET_VRING_BASE, bytes(8))
-    await peer.serves_another()
-
-
-@BASE.must("twice", "A second GET_VRING_BASE gives the same base.", RINGS)
-async def _(peer: Peer) -> None:
-    lane = await peer.lane()
-    await lane.works()
-    await lane.works()
-    equal("the bases", (await lane.stop(), await lane.stop()), (2, 2))
-
-
-@BASE.must("index", "The answer names the ring that was asked for.", RINGS)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    reaction = await peer.react(F.GET_VRING_BASE, peer.index.to_bytes(4, "little") + bytes(4))
-    equal("the index in the answer", int.from_bytes(reaction.body[:4], "little"), peer.index)
-
-
-@BASE.must("goes-on", "A ring that starts from its base goes on where it was, again and again.", RINGS)
-async def _(peer: Peer) -> None:
-    lane = await peer.lane()
-    for number in range(1, 6):
-        await lane.works()
-        equal("the base", await lane.stop(), number)
-        await lane.start()
-
-
-@BASE.must("drained", "When the base is told, what was taken has been returned: used index and base are equal.", RINGS)
-async def _(peer: Peer) -> None:
-    lane = await peer.lane()
-    for _ in range(20):
-        lane.offer(count=12)
-        lane.kick()
-        await asyncio.sleep(0.0005)
-        equal("the base", await lane.stop(), lane.raw.used_index)
-        await lane.start()
-        lane.kick()
-        await lane.served()
-
-
-@BASE.must(
-    "not-taken-later", "Requests that were not taken before the stop are left alone, and served after a start.", RINGS
-)
-async def _(peer: Peer) -> None:
-    lane = await peer.lane()
-    await lane.works()
-    await lane.stop()
-    lane.offer(count=3)
-    await lane.idle()
-    await lane.start()
-    lane.kick()
-    await lane.served()
-
-
-@BASE.must("silent-after-stop", "A suspended device notifies nobody.", RINGS, section="Suspended device state")
-async def _(peer: Peer) -> None:
-    lane = await peer.lane()
-    await lane.works()
-    await lane.stop()
-    await lane.calm()
-    lane.offer()
-    check(not await lane.called(within=peer.quiet), "no call", "a call after GET_VRING_BASE")
-
-
-@BASE.must(
-    "answers-after-stop", "A suspended device still answers the front-end.", RINGS, section="Suspended device state"
-)
-async def _(peer: Peer) -> None:
-    lane = await peer.lane()
-    await lane.works()
-    await lane.stop()
-    await peer.answers()
-
-
-@BASE.must("wrap", "Indexes go on from 65535 to 0.", RINGS, section=F.SET_VRING_BASE.clause)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    await peer.share()
-    lane = peer.make_lane(size=16)
-    lane.base = lane.raw.available_index = lane.raw.used_index = 65534
-    if peer.index:
-        lane.describe((lane.at, 76, False))
-    else:
-        lane.plain_chain()
-    await lane.start()
-    for expected in (65535, 0, 1):
-        lane.push(0)
-        lane.kick()
-        await lane.used_to(expected)
-    equal("the base", await lane.stop(), 1)
-
-
-@BASE.must(
-    "set", "A ring begins with the chain at its base, not with the first.", RINGS, section=F.SET_VRING_BASE.clause
-)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    await peer.share()
-    lane = peer.make_lane(size=16)
-    if peer.index:
-        lane.describe((lane.at, 76, False))
-    else:
-        lane.plain_chain()
-    lane.push(5, 5, 0)  # 5 is described nowhere
-    lane.base = 2
-    lane.raw.used_index = 2
-    await lane.start()
-    lane.kick()
-    await lane.used_to(3)
-    equal("the used entry", lane.raw.used_entry(2)[0], 0)
 
 
 # ---- where a ring may lie
