@@ -243,8 +243,11 @@ def dies_of_an_unknown_ring() -> None:
 
 @fault("base.count", "base.goes-on", "base.twice")
 def base_is_one_ahead() -> None:
-    right = Queue.base
-    override(Queue, base=property(lambda queue: right.fget(queue) + (queue.returned > 0)))
+    async def change(connection: Connection, request: Any, right: Any) -> Any:
+        answer = (await right(connection, request)).payload
+        return Reply(VringState(answer.index, answer.num + (answer.num > 0)))
+
+    handling(F.GET_VRING_BASE, change)
 
 
 @fault("base.twice")

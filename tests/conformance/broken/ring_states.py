@@ -106,7 +106,7 @@ def goes_on_after_the_stop_until_it_is_set_up_anew() -> None:
     handling(F.GET_VRING_BASE, stop)
     handling(F.SET_VRING_NUM, set_up)
     handling(F.SET_VRING_BASE, set_up)
-    Lifecycle._wanted = lambda life, ring: ring in stopped or right(life, ring)  # type: ignore[method-assign]
+    Lifecycle._wanted = lambda life, ring: (ring in stopped and ring.configured) or right(life, ring)  # type: ignore[method-assign]
 
 
 # ---- does not run when it should

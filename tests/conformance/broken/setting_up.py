@@ -12,6 +12,7 @@ from tests.conformance.plain.ring import Bad
 from vhostuser._native import lib
 from vhostuser.connection import Connection
 from vhostuser.lifecycle import Lifecycle
+from vhostuser.memory import GuestMemory
 from vhostuser.protocol import FrontendRequest, RequestRefused
 from vhostuser.protocol.state import State
 from vhostuser.ring import Ring
@@ -154,17 +155,16 @@ def keeps_the_first_size() -> None:
 
 @fault("setup.reset-by-driver")
 def remembers_the_used_index() -> None:
-    remembered: dict[int, int] = {}
+    remembered: dict[tuple[GuestMemory, int], int] = {}
     start, close = Queue.start, Queue.close
 
     def started(queue: Queue) -> None:
         start(queue)
-        if queue.setup.base or queue.index in remembered:
-            queue.used = queue.signalled = remembered.get(queue.index, queue.used)
+        queue.used = queue.signalled = remembered.get((queue.memory, queue.index), queue.used)
 
     def closed(queue: Queue) -> None:
         if queue.started:
-            remembered[queue.index] = queue.used
+            remembered[queue.memory, queue.index] = queue.used
         close(queue)
 
     override(Queue, start=started, close=closed)
