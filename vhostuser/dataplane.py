@@ -214,6 +214,7 @@ class ServedQueue:
         self._limit = limit
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
+        self._broken: QueueBroken | None = None
         self._stopping = False
         self._stopped = asyncio.Event()
         self._flushing = False
@@ -231,7 +232,8 @@ class ServedQueue:
     async def requests(self, most: int = 64) -> list[Request]:
         """The next 1 to ``most`` requests; waits until there is one. May touch guest memory.
 
-        Complete each with ``Request.complete``, in any order. Raises QueueBroken when the driver broke the ring.
+        Complete each with ``Request.complete``, in any order. Raises QueueBroken when the driver broke the ring, after
+        what was taken before has been returned to it.
         """
         # Without this a busy ring would never let the loop see anything else, the stop among it.
         await asyncio.sleep(0)
@@ -239,6 +241,8 @@ class ServedQueue:
         while True:
             if batch := self._take(most):
                 return batch
+            if self._broken is not None and not self._queue.out:
+                raise self._broken
             # A driver that is fast is about to offer more; asking for a kick and sleeping would cost both sides more.
             if self._stopping or self._queue.out or time.perf_counter_ns() > patience:
                 await self._idle()
@@ -249,15 +253,26 @@ class ServedQueue:
         queue = self._queue
         # Also when stopping: these were popped before, and must be completed.
         ready = queue.collect(most) if queue.ahead_fd >= 0 else []
-        room = 0 if self._stopping else min(most - len(ready), self._limit - queue.out)
+        room = min(most - len(ready), self._limit - queue.out) if self._takes else 0
         if room > 0:
-            popped = queue.pop(room)
+            popped = self._pop(room)
             ready += popped if queue.ahead_fd < 0 else queue.resident(popped)
         return ready
 
+    @property
+    def _takes(self) -> bool:
+        return not self._stopping and self._broken is None
+
+    def _pop(self, most: int) -> list[Request]:
+        try:
+            return self._queue.pop(most)
+        except QueueBroken as error:
+            self._broken = error
+            return []
+
     async def _idle(self) -> None:
         """Sleeps until a kick, a page, a completion or the stop."""
-        if not self._stopping and self._queue.out < self._limit and self._queue.arm():
+        if self._takes and self._queue.out < self._limit and self._queue.arm():
             return
         if self._kick < 0:
             self._loop.call_later(_POLL, self._wake.set)

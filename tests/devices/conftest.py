@@ -323,6 +323,10 @@ class Served:
 
     def stop(self) -> int:
         os.eventfd_write(self.disk.stop, 1)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Waits for its end; what it returned."""
         self._thread.join(5)
         assert self.codes, "the engine did not stop"
         return self.codes[0]

@@ -361,6 +361,16 @@ def test_a_status_that_cannot_be_written_breaks_the_ring_and_keeps_what_came_bef
     assert disk.completed() == {good: 1}
 
 
+def test_chains_in_front_of_one_that_breaks_the_ring_are_returned_with_one_call(disks: Any) -> None:
+    disk = disks(SECTORS)
+    good = [disk.offer(disk.place(disk.header(OUT, n) + bytes([n]) * 512), disk.place(b"?")) for n in range(3)]
+    disk.offer([(1 << 40, 16)], disk.place(b"?"))
+    assert disk.run() == lib.VU_E_RANGE
+    assert disk.completed() == dict.fromkeys(good, 1)
+    assert os.eventfd_read(disk.call) == 1
+    assert disk.content()[:1536] == bytes(512) + b"\1" * 512 + b"\2" * 512
+
+
 def test_every_page_that_a_read_may_have_written_is_in_the_dirty_log(disks: Any) -> None:
     disk = disks(SECTORS, log_bytes=1 << 18)
     os.ftruncate(disk.fd, 10 * 512)  # the read fails in the middle, after 1,024 bytes
@@ -558,6 +568,16 @@ def test_nothing_is_written_into_guest_memory_after_the_ring_broke(waiting: Any)
     # Not the comparison itself: a difference of megabytes takes minutes to be shown.
     unchanged = disk.memory.bytes[:] == after
     assert unchanged
+
+
+def test_what_is_under_way_when_the_driver_breaks_the_ring_is_returned(waiting: Any, served: Any) -> None:
+    disk = waiting(SECTORS, ring_size=512, evicted=True)
+    good = [offer_read(disk, 0, 4096)[0] for _ in range(100)]
+    disk.offer([(1 << 40, 16)], disk.place(b"?"))
+    engine = served(disk, -1)
+    assert engine.completed(100) == dict.fromkeys(good, 4097)
+    assert engine.ended() == lib.VU_E_RANGE
+    assert lib.vu_queue_out(disk.queue) == 0
 
 
 def test_a_write_through_request_is_on_the_medium_also_when_many_are_under_way(waiting: Any, tmp_path: Path) -> None:

@@ -102,3 +102,24 @@ async def test_many_suspended_handlers_end_in_any_order(pairs: Callable[..., Pai
     for _ in range(5):
         offer(pair, 30)
         assert len({(await next_used(pair))[0] for _ in range(30)}) == 30
+
+
+async def test_what_was_taken_before_the_ring_broke_is_returned_before_it_stops(pairs: Callable[..., Pair]) -> None:
+    """Two good requests, one of them still under way, and in the same batch one that cannot be a request."""
+    device = Echo()
+    pair = pairs(device)
+    await pair.set_up()
+    assert pair.memory is not None
+    device.gate.clear()
+    queue = pair.rings[0].queue
+    offered = [queue.offer(readable=[(DATA, 2)], writable=[(DATA + 64 * n, 2)]) for n in range(2)]
+    queue.offer(readable=[(1 << 40, 2)])
+    queue.publish()
+    pair.rings[0].kick()
+    for _ in offered:
+        await asyncio.wait_for(device.entered.get(), 5)
+    assert queue.take() is None
+    device.release()
+    assert {(await next_used(pair))[0] for _ in offered} == set(offered)
+    await asyncio.wait_for(pair.rings[0].broken(), 5)
+    assert queue.take() is None

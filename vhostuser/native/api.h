@@ -169,11 +169,11 @@ void vu_queue_get_stats(const vu_queue *queue, struct vu_queue_stats *stats);
 void vu_queue_kicked(vu_queue *queue); /* its thread has taken a kick */
 
 /* Pops up to `max` chains: the count, 0 if the ring is empty, or the sticky code. Chains in front of one that breaks
- * the ring are handed out first. After a restart the chains that the in-flight region names come first, in the order in
- * which they were taken. [touches] */
+ * the ring are handed out first, and can be returned like all that are out. After a restart the chains that the in-flight
+ * region names come first, in the order in which they were taken. [touches] */
 int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max);
 /* Returns chains with the number of bytes written into each (at most chain->writable counts; NULL: chain->filled); one
- * update of the used index for all. Releases them also where it fails: a broken ring is not written to. [touches] */
+ * update of the used index for all. Releases them also where it fails: nothing is written any more then. [touches] */
 int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count);
 /* Writes the call eventfd once if the driver wants to hear of what was pushed since the last signal: 1 if it did. A
  * call that has no descriptor yet is kept for the next signal. VU_E_SYS: the descriptor is of no use. [touches] */

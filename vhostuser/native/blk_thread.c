@@ -28,7 +28,8 @@ static int push(struct vu_blk_run *run)
     if (code == 0) /* a call descriptor that is of no use is the front-end's affair: only a broken ring counts here */
         vu_queue_signal(run->queue);
     settle(run);
-    return code ? code : vu_queue_broken(run->queue);
+    /* A ring that broke while chains were taken says so when more are; those of this batch are still served. */
+    return code || vu_queue_drains(run->queue) ? code : vu_queue_broken(run->queue);
 }
 
 /* Puts one that was served among those to be returned. */

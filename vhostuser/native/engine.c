@@ -106,6 +106,11 @@ int vu_engine_run(struct vu_engine *engine, const struct vu_engine_tasks *tasks,
     int code = engine->ahead ? vu_queue_touch_ring(engine->queue) : 0;
     while (code >= 0 && (!engine->stopping || tasks->kept(run))) {
         code = tasks->work(run);
+        /* What was taken before the driver broke the ring goes back to it, as with a stop. */
+        if (code < 0 && vu_queue_drains(engine->queue)) {
+            engine->stopping = true;
+            code = 1;
+        }
         engine->now = vu_clock_ns();
         if (code > 0)
             engine->active = engine->now;
@@ -113,5 +118,5 @@ int vu_engine_run(struct vu_engine *engine, const struct vu_engine_tasks *tasks,
             code = tasks->rest(run);
         look_for_stop(engine);
     }
-    return code < 0 ? code : 0;
+    return code < 0 ? code : vu_queue_broken(engine->queue);
 }

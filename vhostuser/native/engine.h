@@ -41,7 +41,8 @@ struct vu_engine_wish {
 
 /* kick: an eventfd or a pipe, -1: the ring is polled. stop: an eventfd, left unread. */
 void vu_engine_begin(struct vu_engine *engine, vu_queue *queue, int kick, int stop, uint32_t poll_us);
-/* Until the stop, and until nothing is kept: 0; or the negative code of whichever task failed. [touches] */
+/* Until the stop or until the driver breaks the ring, and until nothing is kept: 0, or why the ring is broken; or at
+ * once the negative code of a task that failed otherwise. [touches] */
 int vu_engine_run(struct vu_engine *engine, const struct vu_engine_tasks *tasks, void *run);
 
 /* For rest: true while it pays to look again soon rather than to sleep. Gives the CPU to whoever else wants it. */

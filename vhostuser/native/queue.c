@@ -106,6 +106,11 @@ uint16_t vu_queue_broken_head(const vu_queue *queue)
     return atomic_load(&queue->broken_head);
 }
 
+bool vu_queue_drains(const vu_queue *queue)
+{
+    return vu_queue_broken(queue) && !queue->silenced;
+}
+
 const vu_map *vu_queue_map(const vu_queue *queue)
 {
     return queue->map;
@@ -257,38 +262,50 @@ void vu_queue_get_stats(const vu_queue *queue, struct vu_queue_stats *stats)
 
 /* ---- the ring ------------------------------------------------------------------------------------------ */
 
-static int break_queue(vu_queue *queue, int code)
+/* What goes wrong while chains are taken leaves those that were taken before: the used ring is ours, and the driver gets
+ * them back. What goes wrong while they are returned ends that too. */
+enum phase { TAKING, RETURNING };
+
+static int break_queue(vu_queue *queue, enum phase phase, int code)
 {
-    atomic_store(&queue->broken, code);
+    int first = 0;
+    atomic_compare_exchange_strong(&queue->broken, &first, code);
+    if (phase == RETURNING)
+        queue->silenced = code;
     return code;
 }
 
+static int refusal(const vu_queue *queue, enum phase phase)
+{
+    return phase == TAKING ? atomic_load_explicit(&queue->broken, memory_order_relaxed) : queue->silenced;
+}
+
 /* Around everything that touches the ring: the sticky code, or a guard over map, log and in-flight region. */
-#define ENTER(queue, guard)                                                     \
+#define ENTER(queue, guard, phase)                                              \
     do {                                                                        \
-        int sticky_ = atomic_load_explicit(&(queue)->broken, memory_order_relaxed); \
+        int sticky_ = refusal((queue), (phase));                                \
         if (sticky_)                                                            \
             return sticky_;                                                     \
         if (VU_GUARD(&(guard), (queue)->map))                                   \
-            return break_queue((queue), VU_E_FAULT);                            \
+            return break_queue((queue), (phase), VU_E_FAULT);                   \
         (guard).extra[0] = (queue)->extra[0];                                   \
         (guard).extra[1] = (queue)->extra[1];                                   \
     } while (0)
 
-static int leave(vu_queue *queue, struct vu_guard *guard, int code)
+static int leave(vu_queue *queue, struct vu_guard *guard, enum phase phase, int code)
 {
     vu_guard_leave(guard);
-    return code < 0 ? break_queue(queue, code) : code;
+    return code < 0 ? break_queue(queue, phase, code) : code;
 }
 
 static int pop_guarded(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32_t *done)
 {
     struct vu_guard guard;
-    ENTER(queue, guard);
+    ENTER(queue, guard, TAKING);
     int code = queue->started ? 0 : vu_split_start(queue);
     if (!code)
         code = vu_split_pop(queue, chains, max, done);
-    return leave(queue, &guard, code);
+    return leave(queue, &guard, TAKING, code);
 }
 
 /* Chains that came before the one that broke the ring are handed out; the code follows with the next call. */
@@ -305,8 +322,8 @@ int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max)
 static int push_guarded(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
 {
     struct vu_guard guard;
-    ENTER(queue, guard);
-    return leave(queue, &guard, vu_split_push(queue, chains, lengths, count));
+    ENTER(queue, guard, RETURNING);
+    return leave(queue, &guard, RETURNING, vu_split_push(queue, chains, lengths, count));
 }
 
 int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
@@ -323,23 +340,23 @@ int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *leng
 int vu_queue_arm(vu_queue *queue)
 {
     struct vu_guard guard;
-    ENTER(queue, guard);
+    ENTER(queue, guard, TAKING);
     int code = queue->started ? 0 : vu_split_start(queue);
-    return leave(queue, &guard, code ? code : vu_split_arm(queue));
+    return leave(queue, &guard, TAKING, code ? code : vu_split_arm(queue));
 }
 
 int vu_queue_disarm(vu_queue *queue)
 {
     struct vu_guard guard;
-    ENTER(queue, guard);
-    return leave(queue, &guard, vu_split_disarm(queue));
+    ENTER(queue, guard, TAKING);
+    return leave(queue, &guard, TAKING, vu_split_disarm(queue));
 }
 
 static int wants_call(vu_queue *queue)
 {
     struct vu_guard guard;
-    ENTER(queue, guard);
-    return leave(queue, &guard, vu_split_wants_call(queue));
+    ENTER(queue, guard, RETURNING);
+    return leave(queue, &guard, RETURNING, vu_split_wants_call(queue));
 }
 
 /* ---- calls --------------------------------------------------------------------------------------------- */

@@ -138,7 +138,8 @@ struct vu_queue {
     vu_log *log;
     uint32_t size; /* a power of two */
     uint32_t flags;
-    _Atomic int broken;
+    _Atomic int broken; /* why nothing more is taken */
+    int silenced;       /* why nothing more is returned either */
     _Atomic int call;
     _Atomic bool forced; /* the next signal goes out whatever the driver asked for */
     bool started;        /* the ring's own indexes have been read */

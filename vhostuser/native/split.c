@@ -273,9 +273,10 @@ static int write_entry(vu_queue *queue, const vu_chain *chain, uint64_t told, ui
 int vu_split_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++) {
-        atomic_store_explicit(&queue->broken_head, chains[i]->head, memory_order_relaxed);
         uint64_t told = lengths ? lengths[i] : chains[i]->filled;
         int code = write_entry(queue, chains[i], told, (uint16_t)(queue->used_index + i));
+        if (code && !atomic_load_explicit(&queue->broken, memory_order_relaxed))
+            atomic_store_explicit(&queue->broken_head, chains[i]->head, memory_order_relaxed);
         if (code)
             return code;
     }
