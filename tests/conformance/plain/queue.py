@@ -16,7 +16,7 @@ from tests.conformance.plain.ring import INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY
 from vhostuser._native import lib
 from vhostuser.memory import DirtyLog, GuestMemory, explain
 from vhostuser.protocol import QueueBroken, VirtioFeature
-from vhostuser.virtqueue import RingSetup
+from vhostuser.virtqueue import QueueStats, RingSetup
 
 Piece = tuple[int, int]
 """Guest address and bytes, in one region."""
@@ -309,10 +309,9 @@ class Queue:
         """For GET_VRING_BASE."""
         return self.next
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Requests that were returned, and those that were not: none, when anybody may ask."""
-        return self.returned, 0
+    def stats(self) -> QueueStats:
+        """Nothing else is counted here."""
+        return QueueStats(self.returned)
 
     def set_call(self, fd: int) -> None:
         """Where to call, or -1."""
