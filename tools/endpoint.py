@@ -13,12 +13,10 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import MutableMapping
 from pathlib import Path
 
 from vhostuser.backend import Backend
 
-_FIRST_PASSED_FD = 3
 _BACKLOG = 8
 # sun_path, without its terminating zero.
 _LONGEST_PATH = 107
@@ -75,25 +73,6 @@ def inherited(fd: int) -> Endpoint:
         known = {errno.ENOTSOCK: "not a socket", errno.ENOTCONN: "a socket that is neither listening nor connected"}
         raise EndpointError(f"{name}: {known.get(error.errno or 0, error.strerror)}") from None
     return Endpoint(name, sock=sock)
-
-
-def passed_fds(environ: MutableMapping[str, str]) -> int:
-    """How many sockets a service manager passed to this very process (LISTEN_FDS)."""
-    count = environ.get("LISTEN_FDS", "")
-    return int(count) if count.isdecimal() and environ.get("LISTEN_PID") == str(os.getpid()) else 0
-
-
-def passed(environ: MutableMapping[str, str]) -> Endpoint:
-    """The one socket that the service manager passed. Raises EndpointError.
-
-    The variables are removed from ``environ``: a child of ours must not take them for its own.
-    """
-    count = passed_fds(environ)
-    for variable in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        environ.pop(variable, None)
-    if count != 1:
-        raise EndpointError(f"the service manager passed {count} sockets (LISTEN_FDS), one is expected")
-    return inherited(_FIRST_PASSED_FD)
 
 
 def listen(path: str, *, mode: int = 0o600, group: int | None = None) -> Endpoint:

@@ -16,7 +16,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,7 +25,9 @@ from typing import Any, NoReturn, TypeVar
 from vhostuser.backend import Backend
 from vhostuser.dataplane import new_event_loop
 from vhostuser.device import Device
-from vhostuser.tools.endpoint import Endpoint, EndpointError, SocketFile, inherited, listen, passed, passed_fds
+from vhostuser.tools.endpoint import Endpoint, EndpointError, SocketFile, inherited, listen
+from vhostuser.tools.exporter import Address, Exporter, address
+from vhostuser.tools.manager import METRICS, USERFAULTFD, WAKE, Manager
 
 log = logging.getLogger("vhostuser")
 
@@ -96,26 +99,35 @@ def add_options(parser: Parser) -> None:
         "--uffd-fd", metavar="N", type=number(0, _MOST_FDS), default=-1, help="inherited /dev/userfaultfd"
     )
     parser.add_argument("--wake-socket", metavar="PATH", help="Unix socket for the wake channel of postcopy")
+    parser.add_argument("--metrics", metavar="WHERE", type=address, help="serve metrics: unix:PATH or HOST:PORT")
+    parser.add_argument("--metrics-remote", action="store_true", help="let other machines read them, too")
     parser.add_argument("--mem-slots", metavar="N", type=number(0, 509), default=509, help="0: whole tables only")
 
 
-def check_options(parser: Parser, options: argparse.Namespace, environ: MutableMapping[str, str]) -> None:
+def check_options(parser: Parser, options: argparse.Namespace, manager: Manager) -> None:
     """The rules between options; a usage error where one is broken."""
     if options.connect and options.socket_path is None:
         parser.error("--connect needs --socket-path")
-    if options.wake_socket is not None and options.wake_socket == options.socket_path:
-        parser.error("--wake-socket is a socket of its own: choose another path than --socket-path")
-    if options.socket_path is None and options.fd is None and not passed_fds(environ):
+    metrics = options.metrics.path if options.metrics is not None else None
+    paths = [path for path in (options.socket_path, options.wake_socket, metrics) if path]
+    if len(set(paths)) < len(paths):
+        parser.error("--socket-path, --wake-socket and --metrics are sockets of their own: choose different paths")
+    if options.socket_path is None and options.fd is None and not manager.sockets():
         parser.error("one of --socket-path and --fd is needed")
+    if options.metrics is not None and not options.metrics.local and not options.metrics_remote:
+        parser.error("--metrics on an address that other machines reach needs --metrics-remote")
 
 
-def open_endpoint(options: argparse.Namespace, environ: MutableMapping[str, str]) -> Endpoint:
+def open_endpoint(options: argparse.Namespace, manager: Manager) -> Endpoint:
     """The endpoint that the options ask for. Raises Failure."""
     try:
         if options.fd is not None:
             return inherited(options.fd)
         if options.socket_path is None:
-            return passed(environ)
+            (fd, *more) = manager.sockets()
+            if more:
+                raise Failure(f"the service manager passed {1 + len(more)} sockets (LISTEN_FDS), one is expected")
+            return inherited(fd)
         if options.connect:
             return Endpoint(options.socket_path, options.socket_path)
         return listen(options.socket_path, mode=options.socket_mode, group=options.socket_group)
@@ -123,15 +135,50 @@ def open_endpoint(options: argparse.Namespace, environ: MutableMapping[str, str]
         raise Failure(str(error)) from None
 
 
-@contextlib.contextmanager
-def wake_listener(options: argparse.Namespace) -> Iterator[socket.socket | None]:
-    """The socket that --wake-socket asks for, if it does, with the main socket's permissions. Raises Failure."""
-    if options.wake_socket is None:
-        yield None
-        return
-    file = SocketFile(options.wake_socket)
+# ---- sockets beside the main one
+
+
+def wake_listener(options: argparse.Namespace, manager: Manager) -> AbstractContextManager[socket.socket | None]:
+    """The socket of the wake channel, if there is to be one. Raises Failure, also when entered."""
+    return _beside(manager.take(WAKE), options.wake_socket, socket.SOCK_SEQPACKET, options)
+
+
+def metrics_listener(options: argparse.Namespace, manager: Manager) -> AbstractContextManager[socket.socket | None]:
+    """The socket at which metrics are asked for, if there is to be one. Raises Failure, also when entered."""
+    passed, where = manager.take(METRICS), options.metrics
+    if passed is None and isinstance(where, Address) and not where.path:
+        try:
+            return where.listen()
+        except OSError as error:
+            raise Failure(f"--metrics at {where.host} port {where.port}: {error.strerror}") from None
+    return _beside(passed, where.path if where else None, socket.SOCK_STREAM, options)
+
+
+def _beside(
+    passed: int | None, path: str | None, kind: int, options: argparse.Namespace
+) -> AbstractContextManager[socket.socket | None]:
+    """A listening socket: the one passed, or a new one at ``path`` with the main socket's permissions, or none."""
+    if passed is not None:
+        return _listening(passed, kind)
+    return _made(path, kind, options) if path else contextlib.nullcontext()
+
+
+def _listening(fd: int, kind: int) -> socket.socket:
     try:
-        listener = file.create(options.socket_mode, options.socket_group, socket.SOCK_SEQPACKET)
+        sock = socket.socket(fileno=fd)
+        usable = sock.type == kind and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        usable = False
+    if not usable:
+        raise Failure(f"fd {fd}: not a listening socket of the kind that its name says (LISTEN_FDNAMES)")
+    return sock
+
+
+@contextlib.contextmanager
+def _made(path: str, kind: int, options: argparse.Namespace) -> Iterator[socket.socket]:
+    file = SocketFile(path)
+    try:
+        listener = file.create(options.socket_mode, options.socket_group, kind)
     except EndpointError as error:
         raise Failure(str(error)) from None
     try:
@@ -140,7 +187,7 @@ def wake_listener(options: argparse.Namespace) -> Iterator[socket.socket | None]
         file.remove()
 
 
-# ---- logs and readiness
+# ---- logs
 
 
 class _Format(logging.Formatter):
@@ -165,18 +212,6 @@ def _log_to_stderr(program: str, name: str, level: str) -> None:
     logging.basicConfig(handlers=[handler], level=_LEVELS[level])
 
 
-def notify(message: str, environ: MutableMapping[str, str]) -> None:
-    """Tells the service manager (sd_notify) if there is one; not important enough to fail for."""
-    path = environ.get("NOTIFY_SOCKET", "")
-    if path[:1] not in ("/", "@"):
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.sendto(message.encode(), "\0" + path[1:] if path[0] == "@" else path)
-        except OSError as error:
-            log.debug("NOTIFY_SOCKET %s: %s", path, error.strerror)
-
-
 # ---- the process
 
 
@@ -195,14 +230,15 @@ def serve(
     """
     add_options(parser)
     options = parser.parse_args(arguments)
-    check_options(parser, options, os.environ)
+    manager = Manager(os.environ)
+    check_options(parser, options, manager)
     status = 0
     try:
         device = open_device(options)
         loop = new_event_loop()
         asyncio.set_event_loop(loop)
         loop.run_until_complete(
-            _Service(parser.prog, options, device).serve(*([partial(beside, device)] if beside else []))
+            _Service(parser.prog, options, device, manager).serve(*([partial(beside, device)] if beside else []))
         )
     except Failure as failure:
         print(f"{parser.prog}: {failure}", file=sys.stderr)
@@ -227,10 +263,11 @@ def serve_device(make: Callable[[], Device], arguments: Sequence[str] | None = N
 class _Service:
     """The process while it serves; lives on the control thread."""
 
-    def __init__(self, program: str, options: argparse.Namespace, device: Device) -> None:
+    def __init__(self, program: str, options: argparse.Namespace, device: Device, manager: Manager) -> None:
         self._program = program
         self._options = options
         self._device = device
+        self._manager = manager
         self._stop = asyncio.Event()
 
     async def serve(self, *beside: Beside) -> None:
@@ -238,28 +275,42 @@ class _Service:
         for end in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(end, self._stop.set)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        endpoint = open_endpoint(self._options, os.environ)
+        endpoint = open_endpoint(self._options, self._manager)
         try:
             _log_to_stderr(self._program, endpoint.name, self._options.log_level)
-            with wake_listener(self._options) as wake_socket:
+            with (
+                wake_listener(self._options, self._manager) as wakes,
+                metrics_listener(self._options, self._manager) as metrics,
+            ):
                 backend = self._backend(endpoint)
-                if wake_socket is not None:
-                    beside = (*beside, partial(backend.wakes.listen, wake_socket))
                 loop.add_signal_handler(signal.SIGUSR1, self._dump, backend)
-                notify("READY=1", os.environ)
-                await self._attend(endpoint, backend, beside)
+                self._manager.tell("READY=1", _status(backend), wait=True)
+                await self._attend(endpoint, backend, (*beside, *self._helpers(backend, wakes, metrics)))
         finally:
             endpoint.close()
 
     def _backend(self, endpoint: Endpoint) -> Backend:
         options = self._options
+        passed = self._manager.take(USERFAULTFD)
         return Backend(
             self._device,
             postcopy=options.postcopy == "auto",
-            uffd_device=options.uffd_fd,
+            uffd_device=options.uffd_fd if passed is None else passed,
             record=Path(f"{endpoint.path}.postcopy") if endpoint.path else None,
             mem_slots=options.mem_slots,
+            changed=lambda backend: self._manager.tell(_status(backend)),
         )
+
+    def _helpers(
+        self, backend: Backend, wakes: socket.socket | None, metrics: socket.socket | None
+    ) -> Iterator[Beside]:
+        if wakes is not None:
+            yield partial(backend.wakes.listen, wakes)
+        if metrics is not None:
+            log.info("metrics at %s", _described(metrics))
+            yield partial(Exporter(backend.measure).listen, metrics)
+        if self._manager.watchdog:
+            yield self._manager.keep_alive
 
     async def _attend(self, endpoint: Endpoint, backend: Backend, beside: Sequence[Beside]) -> None:
         """Until the last front-end has gone, or the stop, which does not wait longer than the patience."""
@@ -269,10 +320,10 @@ class _Service:
         await asyncio.wait((attending, stopped), return_when=asyncio.FIRST_COMPLETED)
         for helper in helpers:
             helper.cancel()
+        self._manager.tell("STOPPING=1", wait=True)
         if attending.done():
             attending.result()
             return
-        notify("STOPPING=1", os.environ)
         endpoint.close()
         attending.cancel()
         await asyncio.wait((attending,), timeout=_PATIENCE)
@@ -280,3 +331,17 @@ class _Service:
     def _dump(self, backend: Backend) -> None:
         state = {"device": self._device.state(), **backend.state()}
         print("vhostuser-state:", json.dumps(state, default=str), file=sys.stderr, flush=True)
+
+
+def _status(backend: Backend) -> str:
+    """For people who ask the service manager."""
+    count = len(backend.connections)
+    return "STATUS=" + ("Waiting for a front-end" if not count else f"Serving {count} front-end{'s' * (count > 1)}")
+
+
+def _described(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    if isinstance(name, tuple):
+        host, port = name[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+    return f"unix:{name if isinstance(name, str) else repr(name)}, /metrics"

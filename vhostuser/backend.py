@@ -44,6 +44,8 @@ class Backend:
     middle does not touch its holes; normally beside the socket. None: not remembered.
 
     ``mem_slots``: the answer to GET_MAX_MEM_SLOTS; with 0 memory comes in whole tables only.
+
+    ``changed`` is called when a front-end has come or gone.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Backend:
         uffd_device: int = -1,
         record: Path | None = None,
         mem_slots: int = 509,
+        changed: Callable[[Backend], None] = lambda _: None,
     ) -> None:
         if connections < 1:
             raise ValueError(f"connections must be 1 or more, not {connections}")
@@ -63,6 +66,7 @@ class Backend:
         self._device = device
         self._most = connections
         self._mem_slots = mem_slots
+        self._changed = changed
         self._record = MemoryRecord(record) if record is not None else None
         self._uffd_device = uffd_device
         self._pool = TouchPool()
@@ -138,12 +142,14 @@ class Backend:
             return
         self.connections.append(connection)
         self._accepted += 1
+        self._changed(self)
         log.info("%s: a front-end is here", connection.name)
         try:
             await connection.serve()
         finally:
             self.connections.remove(connection)
             self._gone = merged([*self._gone, *kept(self._of(connection))])
+            self._changed(self)
             log.info("%s: the front-end has gone", connection.name)
 
     def _connection(self, sock: socket.socket, name: str) -> Connection:

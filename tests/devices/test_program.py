@@ -67,7 +67,7 @@ class Program:
                 pass_fds=fds,
                 env={**os.environ, "NOTIFY_SOCKET": str(notify)},
             )
-            assert manager.recv(100) == b"READY=1"
+            assert manager.recv(100) == b"READY=1\nSTATUS=Waiting for a front-end"
         notify.unlink()
 
     def end(self, number: signal.Signals | None = None) -> tuple[int, str]:
@@ -417,7 +417,7 @@ def test_readiness_is_told_to_an_abstract_socket_too(path: Path, disk: Path) -> 
             env={**os.environ, "NOTIFY_SOCKET": "@" + name[1:]},
             stderr=subprocess.DEVNULL,
         ) as process:
-            assert manager.recv(100) == b"READY=1"
+            assert manager.recv(100).split(b"\n")[0] == b"READY=1"
             process.terminate()
             assert manager.recv(100) == b"STOPPING=1"
 

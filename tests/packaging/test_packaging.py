@@ -42,6 +42,8 @@ def test_the_wheel_holds_the_package_and_no_source_of_c(built: tuple[Path, Path]
     code = "protocol/catalog.py", "tools/blk.py", "backend.py", "tools/trace/dissector.lua"
     for wanted in ("py.typed", "_native.pyi", "_native.abi3.so", *code):
         assert f"vhostuser/{wanted}" in names
+    for shipped in ("qemu/vhost-user/50-vhostuser-blk.json", "vhostuser/systemd/vhostuser-blk@.service"):
+        assert any(name.endswith(f".data/data/share/{shipped}") for name in names)
     assert not [name for name in names if name.endswith((".c", ".h"))]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"vhostuser"}
 
