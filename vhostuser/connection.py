@@ -68,6 +68,8 @@ _STOPPING = frozenset({FrontendRequest.GET_VRING_BASE, FrontendRequest.SET_VRING
 
 # How long requests under way may go on when their front-end has gone, in seconds: the next one waits for them.
 _GRACE = 5.0
+# How long the device's start or stop may take then: a disk syncs what it has cached.
+_PATIENCE = 30.0
 
 
 class Connection:
@@ -213,13 +215,17 @@ class Connection:
         self._regions.revoke()
         await asyncio.sleep(_GRACE)
         self._life.abandon()
+        await asyncio.sleep(_PATIENCE - _GRACE)
+        self._life.leave_behind()
 
     async def _close(self) -> None:
         self.device.announce = tuple(fn for fn in self.device.announce if fn != self._announce)
         self._regions.revoke()
-        abandoning = asyncio.get_running_loop().call_later(_GRACE, self._life.abandon)
+        loop = asyncio.get_running_loop()
+        giving_up = [loop.call_later(_GRACE, self._life.abandon), loop.call_later(_PATIENCE, self._life.leave_behind)]
         await self._life.close()
-        abandoning.cancel()
+        for each in giving_up:
+            each.cancel()
         self._regions.close()
         if self._backend_channel is not None:
             self._backend_channel.close()

@@ -73,10 +73,25 @@ class DataThread:
         running.add_done_callback(self._running.discard)
         return await asyncio.shield(running)
 
-    async def close(self) -> None:
-        """Ends the thread; waits until every coroutine is done and the thread is back on its loop."""
+    async def idle(self) -> None:
+        """Waits until every coroutine is done."""
         if self._running:
             await asyncio.wait(self._running)
+
+    def leave(self) -> None:
+        """Cancels what it runs, and ends the thread when that is over; waits for nothing."""
+        asyncio.run_coroutine_threadsafe(self._wind_up(), self.loop)
+
+    async def _wind_up(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others)
+        self.loop.stop()
+
+    async def close(self) -> None:
+        """Ends the thread, which must be idle, and waits until it is back on its loop."""
         self.loop.call_soon_threadsafe(self.loop.stop)
         await self._ended.wait()
         self._thread.join()  # it has nothing left to do

@@ -70,6 +70,10 @@ class Device:
     announce: tuple[Callable[[], None], ...] = ()
     """The runtime's: what ``config_changed`` calls, one for each connection."""
 
+    left_behind: asyncio.Future[None] | None = None
+    """The runtime's: a ``start`` or ``stop`` that was not waited for any longer; the device starts again when it is
+    done."""
+
     def config(self) -> bytes:
         """The whole configuration space as it is now. Called on the control thread; must not block."""
         return b""
@@ -90,11 +94,13 @@ class Device:
     async def start(self, features: int) -> None:
         """The first ring is about to start; ``features`` are the negotiated virtio bits. May block.
 
-        Raises DeviceFailed when the device cannot serve.
+        Raises DeviceFailed when the device cannot serve. Half a minute after the front-end has gone it is not waited
+        for any more, and cancelled at its next ``await``; one that returns in spite of that is followed by ``stop``.
         """
 
     async def stop(self) -> None:
-        """The last ring has stopped and no request is under way; also after the front-end was lost. May block."""
+        """The last ring has stopped and no request is under way; also after the front-end was lost. May block, and is
+        waited for as ``start`` is."""
 
     def engine(self) -> Engine | None:
         """The native engine, asked for after ``start``; None for a device in Python."""

@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any
 
 from vhostuser import measures
 from vhostuser.dataplane import DataThread
@@ -30,6 +31,10 @@ log = logging.getLogger("vhostuser")
 
 # Seconds after the last hole was filled at which rings are nudged, see Lifecycle.memory_whole.
 _NUDGES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+class _LeftBehind(Exception):
+    """The device's start or stop is not waited for any more; that was logged."""
 
 
 class Lifecycle:
@@ -51,6 +56,7 @@ class Lifecycle:
         """From before the device's start until after its stop."""
         self._device_busy = ""
         self._ending = False
+        self._patience_over = asyncio.Event()
         self._changed = asyncio.Event()
         # Held while rings or the device are on their way between two states.
         self._lock = asyncio.Lock()
@@ -131,7 +137,19 @@ class Lifecycle:
             ring.close()
         self.dirty_log = self.inflight = None
         if self.data is not None:
-            await self.data.close()
+            await self._end_thread(self.data)
+
+    async def _end_thread(self, data: DataThread) -> None:
+        try:
+            await self._in_time(data.idle())
+        except _LeftBehind:
+            data.leave()
+        else:
+            await data.close()
+
+    def leave_behind(self) -> None:
+        """The front-end has long gone: a start or stop of the device that does not return is not waited for."""
+        self._patience_over.set()
 
     def abandon(self) -> None:
         """The front-end has gone and requests do not end: a device in Python is cancelled, they are not completed.
@@ -198,17 +216,42 @@ class Lifecycle:
                 self._start(ring, regions)
 
     async def _start_device(self) -> None:
+        if self._device.left_behind is not None and not self._device.left_behind.done():
+            raise DeviceFailed("what an earlier front-end left behind has not returned yet")
+        self._device.left_behind = None
         if self.data is None:
             self.data = DataThread(f"{self._name} data")
         self._device_active = True
         self._device_busy = "start"
         try:
-            await self.data.run(self._device.start(self._session.features))
+            await self._in_time(self.data.run(self._begin_device()))
         except BaseException:
             self._device_active = False
             raise
         finally:
             self._device_busy = ""
+
+    async def _begin_device(self) -> None:
+        """On the data thread. A start that nobody waits for any more is followed by its stop at once: else a disk, say,
+        would stay locked."""
+        await self._device.start(self._session.features)
+        if self._device.left_behind is not None:
+            await self._device.stop()
+
+    async def _in_time(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Waits for the device; raises _LeftBehind when it takes too long after its front-end has gone."""
+        running = asyncio.ensure_future(coroutine)
+        over = asyncio.ensure_future(self._patience_over.wait())
+        try:
+            await asyncio.wait((running, over), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            over.cancel()
+        if running.done():
+            return running.result()
+        if self._device.left_behind is None:
+            log.error("%s: the device's start or stop does not return and is left behind", self._name)
+            self._device.left_behind = running
+        raise _LeftBehind
 
     async def _stop_unwanted(self) -> None:
         """Call with the lock held."""
@@ -224,7 +267,7 @@ class Lifecycle:
             return
         self._device_busy = "stop"
         try:
-            await self.data.run(self._device.stop())
+            await self._in_time(self.data.run(self._device.stop()))
         except Exception as error:
             self._give_up("stop", error)
         finally:
@@ -232,9 +275,10 @@ class Lifecycle:
             self._device_busy = ""
 
     def _give_up(self, what: str, error: Exception) -> None:
-        # What a device does not foresee is shown in full.
-        surprise = None if isinstance(error, DeviceFailed | OSError) else error
-        log.error("%s: the device does not %s: %s", self._name, what, error, exc_info=surprise)
+        if not isinstance(error, _LeftBehind):
+            # What a device does not foresee is shown in full.
+            surprise = None if isinstance(error, DeviceFailed | OSError) else error
+            log.error("%s: the device does not %s: %s", self._name, what, error, exc_info=surprise)
         self._ending = True
         self._failed()
 

@@ -402,3 +402,77 @@ async def test_every_line_names_the_socket(pairs: Callable[..., Pair], caplog: p
     assert all(record.getMessage().startswith("test: ") for record in caplog.records if record.name == "vhostuser")
     assert "VERSION_1" in caplog.text
     assert "REPLY_ACK" in caplog.text
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+@pytest.mark.parametrize("stuck", ["start", "stop"])
+@pytest.mark.parametrize("lost", [False, True], ids=["cancelled", "lost"])
+async def test_a_start_or_stop_that_does_not_return_holds_up_nobody(
+    pairs: Callable[..., Pair],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lost: bool,
+    stuck: str,
+    suspended: bool,
+) -> None:
+    """The end of the service and the next front-end; one line tells of it."""
+    monkeypatch.setattr("vhostuser.connection._PATIENCE", 0.2)
+    monkeypatch.setattr("vhostuser.connection._GRACE", 0.1)
+    may_return, cancelled = threading.Event(), threading.Event()
+
+    class Stuck(Echo):
+        begun = asyncio.Event()
+
+        async def start(self, features: int) -> None:
+            await super().start(features)
+            self.control.call_soon_threadsafe(self.begun.set)
+            await self.step("start")
+
+        async def stop(self) -> None:
+            await super().stop()
+            await self.step("stop")
+
+        async def step(self, name: str) -> None:
+            if name == stuck and suspended and not may_return.is_set():
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    cancelled.set()
+            elif name == stuck:
+                may_return.wait()
+
+    device = Stuck()
+    pair = pairs(device)
+    await pair.set_up()
+    await ask(pair, b"hello")
+    await asyncio.wait_for(device.begun.wait(), 10)
+    if stuck == "stop":
+        assert await answer(pair) == b"HELLO"
+    if lost:
+        pair.frontend.close()
+    else:
+        pair.serving.cancel()
+    await asyncio.wait((pair.serving,), timeout=10)
+    assert pair.serving.done()
+    assert caplog.text.count("left behind") == 1 and "Traceback" not in caplog.text
+    again = pairs(device)
+    await again.set_up()
+    if not suspended:
+        await ask(again, b"too soon")
+        await asyncio.wait((again.serving,), timeout=10)
+        assert again.serving.done()
+        assert "the device does not start: what an earlier front-end left behind has not returned yet" in caplog.text
+    may_return.set()
+    assert not suspended or cancelled.wait(10)
+    await until_alone(device)
+    third = pairs(device)
+    await third.set_up()
+    await ask(third, b"at last")
+    assert await answer(third) == b"AT LAST"
+
+
+async def until_alone(device: Echo) -> None:
+    """Nothing is left behind."""
+    assert device.left_behind is not None
+    await asyncio.wait((device.left_behind,), timeout=10)
+    assert device.left_behind.done()
