@@ -216,7 +216,8 @@ def _acknowledges_emptily(name: str, *rows: str) -> None:
 
 _acknowledges_emptily("rings", "set-vring-num", "set-vring-base", "set-vring-addr", "set-vring-enable")
 _acknowledges_emptily("events", *_EVENTS)
-_acknowledges_emptily("features", "set-features", "set-protocol-features", "set-owner", "reset-owner")
+_acknowledges_emptily("features", "set-features", "set-protocol-features")
+_acknowledges_emptily("owners", "set-owner", "reset-owner")
 _acknowledges_emptily("memory", "set-mem-table", *_SLOTS)
 _acknowledges_emptily("descriptors", "set-inflight-fd", "set-backend-req-fd", "gpu-set-socket", "set-log-fd")
 _acknowledges_emptily("network", "send-rarp", "net-set-mtu", "set-vring-endian")
