@@ -19,7 +19,7 @@ def ignores_the_offset() -> None:
         asked = request.payload
         if asked.offset > 256:
             return await right(connection, request)
-        data = connection._device.config().ljust(256, b"\0")[: asked.size]
+        data = connection.device.config().ljust(256, b"\0")[: asked.size]
         return Reply(Config(asked.offset, asked.size, asked.flags, data))
 
     handling(F.GET_CONFIG, change)

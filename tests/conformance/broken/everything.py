@@ -41,7 +41,8 @@ STATE = b"the state of a disk: nothing"
 
 def offer_everything() -> None:
     """Patches our disk to this."""
-    connection.PROTOCOL_FEATURES = tuple({*connection.PROTOCOL_FEATURES, *OFFERED})
+    right = connection.protocol_features
+    connection.protocol_features = lambda **what: right(**what) | sum(feature.mask for feature in OFFERED)
     connection.TRANSPORT_FEATURES |= V.ACCESS_PLATFORM.mask | V.NET_F_MTU.mask
     for code, row in FRONTEND.items():
         if row.unserved and row.gate.features:
