@@ -93,7 +93,12 @@ def rounds_the_size_of_queues_up() -> None:
 @fault("inflight.two-queues")
 def makes_room_for_one_queue() -> None:
     right = InflightRegion.create
-    InflightRegion.create = staticmethod(lambda queues, size: right(1, size))  # type: ignore[method-assign]
+
+    def created(queues: int, size: int) -> tuple[int, int]:
+        fd, length = right(queues, size)
+        return fd, length if queues == 1 else 16 + 16 * size
+
+    InflightRegion.create = staticmethod(created)  # type: ignore[method-assign]
 
 
 @fault("inflight.set-too-small", "inflight.set-beyond-file", "inflight.set-wraps", "inflight.set-many-queues")

@@ -253,14 +253,17 @@ def dies_of_an_empty_table() -> None:
 @fault("memory.unmaps-ring", "slots.removed-ring")
 def dies_where_a_ring_was() -> None:
     right = Ring.open
+    was = set()
 
     def opened(ring: Ring, *rest: Any) -> Any:
         try:
-            return right(ring, *rest)
+            queue = right(ring, *rest)
         except QueueBroken:
-            if ring._returned:
+            if ring in was:
                 crash()
             raise
+        was.add(ring)
+        return queue
 
     Ring.open = opened  # type: ignore[method-assign]
 
@@ -268,9 +271,16 @@ def dies_where_a_ring_was() -> None:
 @fault("memory.unmaps-data")
 def dies_where_data_was() -> None:
     right = Lifecycle._ring_ended
+    changed = set()
+
+    async def change(connection: Connection, request: Any, handle: Any) -> Any:
+        changed.update(ring for ring in connection.rings if ring.running)
+        return await handle(connection, request)
+
+    handling(F.SET_MEM_TABLE, change)
 
     def ended(life: Lifecycle, ring: Ring, broken: Any) -> None:
-        if broken is not None and broken.code == lib.VU_E_RANGE and ring.state()["requests"]:
+        if broken is not None and broken.code == lib.VU_E_RANGE and ring in changed:
             crash()
         right(life, ring, broken)
 
