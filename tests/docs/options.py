@@ -12,6 +12,7 @@ from vhostuser.tools.main import TOOLS, main
 FOREIGN = frozenset(
     {
         *("--socket", "--image"),  # my-backend
+        *("--silent", "--unix-socket"),  # curl
         *("--lcores", "--no-pci", "--file-prefix", "--socket-mem", "--vdev"),  # dpdk-testpmd
     }
 )

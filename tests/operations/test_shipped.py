@@ -80,6 +80,25 @@ def test_systemd_takes_the_units(tmp_path: Path, executable: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_units_can_be_installed(tmp_path: Path) -> None:
+    """As docs/operations.md says, into a root of its own; udev's rule is only put there."""
+    root, units = tmp_path / "root", ROOT / "share/systemd"
+    for directory in ("etc/systemd/system", "etc/sysusers.d", "etc/udev/rules.d", "usr/bin"):
+        (root / directory).mkdir(parents=True)
+    (root / "etc/group").write_text("kvm:x:104:\n")
+    for unit in units.glob("vhostuser-blk@.*"):
+        shutil.copy(unit, root / "etc/systemd/system")
+    shutil.copy(units / "vhostuser.sysusers.conf", root / "etc/sysusers.d/vhostuser.conf")
+    shutil.copy(units / "60-vhostuser.rules", root / "etc/udev/rules.d")
+    subprocess.run([program("systemd-sysusers"), f"--root={root}"], check=True, capture_output=True)
+    subprocess.run(
+        [program("systemctl"), f"--root={root}", "enable", "vhostuser-blk@web.socket"], check=True, capture_output=True
+    )
+    assert "vhostuser:" in (root / "etc/passwd").read_text()
+    assert "kvm:x:104:vhostuser" in (root / "etc/group").read_text()
+    assert (root / "etc/systemd/system/sockets.target.wants/vhostuser-blk@web.socket").is_symlink()
+
+
 def test_the_filter_of_the_unit_allows_what_postcopy_needs() -> None:
     """mincore is in no set of systemd's that services are usually given; without it every page counts as missing."""
     unit = (ROOT / "share/systemd/vhostuser-blk@.service").read_text()
