@@ -2,13 +2,12 @@
 
 import asyncio
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vhostuser.tools.lab import backend as lab_backend
 from vhostuser.tools.lab.backend import BackendProcess
 from vhostuser.tools.lab.bench import Bench
 from vhostuser.tools.lab.machine import Hardware
@@ -23,12 +22,7 @@ HARDWARE = Hardware()
 async def tracer(bench: Bench, backend: BackendProcess, image: Path) -> tuple[BackendProcess, Path]:
     """A tracer before a back-end, and its transcript."""
     transcript = backend.socket.with_suffix(".trace")
-
-    def command(socket: Path, image: Path, options: Sequence[str]) -> list[str]:
-        tool = [sys.executable, "-P", "-m", "vhostuser.tools.main", "trace", "--quiet", f"--json={transcript}"]
-        return [*tool, f"--listen={socket}", f"--connect={backend.socket}"]
-
-    return await bench.backend(image, command=command), transcript
+    return await bench.backend(image, command=lab_backend.tracer(backend.socket, transcript)), transcript
 
 
 def messages(transcript: Path) -> list[dict[str, Any]]:

@@ -126,6 +126,24 @@ def test_packets_for_wireshark(tmp_path: Path, backend: socket.socket) -> None:
     assert packets.count(ASK) == packets.count(OFFER) == 1
 
 
+def test_a_transcript_is_drawn(tmp_path: Path, backend: socket.socket) -> None:
+    with tracing(tmp_path, "--once", "--quiet", f"--json={tmp_path / 'json'}") as process:
+        with closing(connected(tmp_path / "front")) as front, closing(backend.accept()[0]) as back:
+            exchange(front, back)
+        assert process.wait(PATIENCE) == 0
+    done = subprocess.run([*COMMAND, f"--draw={tmp_path / 'json'}"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("<svg")
+    assert ">GET_FEATURES<" in done.stdout
+
+
+def test_what_is_no_transcript_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "json").write_text("{}\n")
+    done = subprocess.run([*COMMAND, f"--draw={tmp_path / 'json'}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "is none of 'vhostuser trace --json'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_dissector_is_printed() -> None:
     done = subprocess.run([*COMMAND, "--dissector"], capture_output=True, text=True, check=True)
     assert "SET_MEM_TABLE" in done.stdout

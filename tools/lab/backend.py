@@ -35,6 +35,16 @@ def storage_daemon(socket: Path, image: Path, options: Sequence[str] = ()) -> li
     ]
 
 
+def tracer(backend: Path, transcript: Path) -> CommandLine:
+    """The command line of a tracer before the back-end on that socket; it serves no image itself."""
+
+    def command(socket: Path, image: Path, options: Sequence[str] = ()) -> list[str]:
+        tool = [sys.executable, "-P", "-m", "vhostuser.tools.main", "trace", "--quiet", f"--json={transcript}"]
+        return [*tool, f"--listen={socket}", f"--connect={backend}", *options]
+
+    return command
+
+
 class BackendProcess(Process):
     """A back-end that listens on ``socket``: an async context manager, entered when it listens."""
 

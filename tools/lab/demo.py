@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vhostuser.measures import AHEAD, BLOCKED
 from vhostuser.metrics import value_in
+from vhostuser.tools.lab.backend import BackendProcess, tracer
 from vhostuser.tools.lab.bench import Bench
 from vhostuser.tools.lab.errors import LabError
 from vhostuser.tools.lab.image import guest_image
@@ -64,6 +66,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--memory", metavar="MIB", type=int, default=320, help="of the guest, default 320, at least 256"
     )
+    parser.add_argument(
+        "--trace", metavar="DIRECTORY", type=Path, help="put a tracer before each back-end; keep its transcript"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the logs and images")
     options = parser.parse_args(arguments)
     if options.memory < 256:
@@ -76,7 +81,9 @@ async def demonstrate(bench: Bench, options: argparse.Namespace, say: Progress) 
     hardware = Hardware(memory=options.memory, hugepages=options.hugepages)
     image = bench.disk(DISK)
     disk = Disk(bench.guest, image)
-    source = await bench.machine(hardware, await bench.backend(image))
+    source = await bench.machine(
+        hardware, await _seen(bench, await bench.backend(image), image, options.trace, "source")
+    )
     say(f"a guest with {options.memory} MiB boots on vhostuser-blk")
     await bench.guest.booted()
     if await disk.guest_md5(0, DISK) != disk.md5(0, DISK):
@@ -84,7 +91,7 @@ async def demonstrate(bench: Bench, options: argparse.Namespace, say: Progress) 
     say(f"the guest has read all {DISK} MiB of its disk; the checksum is the image's")
     fill = await fill_memory(bench.guest, options.memory * 3 // 10)
     backend = await bench.backend(image)
-    destination = await bench.destination(hardware, backend)
+    destination = await bench.destination(hardware, await _seen(bench, backend, image, options.trace, "destination"))
     say("a second QEMU with a back-end of its own waits for the guest")
     migration = bench.migration(
         source,
@@ -102,6 +109,15 @@ async def demonstrate(bench: Bench, options: argparse.Namespace, say: Progress) 
     disk_right = await disk.guest_md5(0, DISK) == disk.md5(0, DISK)
     say("the guest has checked its memory and its disk at the destination")
     return Outcome(seconds, seen, state["metrics"], memory_right, disk_right)
+
+
+async def _seen(
+    bench: Bench, backend: BackendProcess, image: Path, directory: Path | None, name: str
+) -> BackendProcess:
+    """What QEMU connects to: the back-end, or a tracer before it."""
+    if directory is None:
+        return backend
+    return await bench.backend(image, command=tracer(backend.socket, directory / f"{name}.json"))
 
 
 async def _migrate(
@@ -151,6 +167,8 @@ def rows(outcome: Outcome) -> list[tuple[str, str]]:
 async def demo(options: argparse.Namespace) -> int:
     """Exit status: 0 if everything is right."""
     say = Progress()
+    if options.trace:
+        options.trace.mkdir(parents=True, exist_ok=True)
     say("making the guest's kernel and initramfs")
     image = guest_image()
     async with Bench(image, keep=options.keep) as bench:
@@ -162,6 +180,8 @@ async def demo(options: argparse.Namespace) -> int:
         print()
         for name, value in rows(outcome):
             print(f"  {name:<46} {value}")
+        if options.trace:
+            print(f"\n  transcripts: {options.trace}")
         if options.keep:
             print(f"\n  logs and images: {bench.directory}")
     return 0 if outcome.good else 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -23,7 +24,7 @@ from typing import Any, BinaryIO, TextIO, cast
 from vhostuser.dataplane import new_event_loop
 from vhostuser.tools.endpoint import EndpointError, listen
 from vhostuser.tools.service import Parser, number
-from vhostuser.tools.trace import dissector, jsonlines, pcapng, text
+from vhostuser.tools.trace import dissector, jsonlines, pcapng, text, timeline
 from vhostuser.tools.trace.desk import Desk
 from vhostuser.tools.trace.events import Event
 from vhostuser.tools.trace.faults import Fault, FaultError, Kind, parse
@@ -50,6 +51,9 @@ def main(program: str, arguments: Sequence[str]) -> int:
         if options.dissector:
             print(dissector.script(), end="")
             return 0
+        if options.draw:
+            print(_picture(options.draw, options.connection), end="")
+            return 0
         if options.replay:
             return asyncio.run(_replay(options))
         _run(options)
@@ -68,6 +72,7 @@ def _parse(program: str, arguments: Sequence[str]) -> argparse.Namespace:
     side.add_argument(
         "--replay", metavar="FILE", type=Path, help="say what the front-end of this transcript (--json) said, and exit"
     )
+    side.add_argument("--draw", metavar="FILE", type=Path, help="print a picture (SVG) of this transcript, and exit")
     side.add_argument("--dissector", action="store_true", help="print a dissector for Wireshark, and exit")
     parser.add_argument("--connection", metavar="N", type=number(1, 1 << 31), default=1, help="of the transcript")
     parser.add_argument("--connect", metavar="PATH", help="socket of the back-end")
@@ -133,6 +138,13 @@ def _run(options: argparse.Namespace) -> None:
         tracer = Tracer(options.connect, desk.report, options.faults or (), began)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_until_stopped(tracer, tracer.listen(endpoint, once=options.once)))
+
+
+def _picture(transcript: Path, connection: int) -> str:
+    try:
+        return timeline.svg(map(json.loads, transcript.read_text().splitlines()), connection)
+    except (ValueError, KeyError, TypeError) as error:
+        raise TranscriptError(f"{transcript} is none of 'vhostuser trace --json': {error}") from None
 
 
 async def _replay(options: argparse.Namespace) -> int:
