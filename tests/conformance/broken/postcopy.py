@@ -10,19 +10,10 @@ from typing import Any
 from tests.conformance.broken.registry import F, answering, fault, handling, script
 from vhostuser.connection import Connection
 from vhostuser.memory import Region
+from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import FRONTEND, BackendSession, Effect, Header, Outgoing, ProtocolFeature, RequestRefused
 from vhostuser.protocol import Postcopy as Handshake
 from vhostuser.protocol.postcopy import HANDSHAKE, Step
-
-
-@fault("postcopy.advise")
-def advises_with_a_payload() -> None:
-    def change(_: BackendSession, request: Any, answer: Outgoing | None) -> Outgoing | None:
-        if answer is None or request.code is not F.POSTCOPY_ADVISE:
-            return answer
-        return Outgoing(Header(F.POSTCOPY_ADVISE, 5, 8).pack() + bytes(8), answer.fds)
-
-    answering(change)
 
 
 @fault("postcopy.listen-mapped")
@@ -104,16 +95,31 @@ def listens_once() -> None:
 # ---- regions
 
 
-@fault("postcopy.slots", "postcopy.ack-slots")
-def acknowledges_regions_in_postcopy_too() -> None:
-    """By a u64, as in precopy."""
+def _acknowledges_in_postcopy_too(code: F) -> None:
+    """By a u64, as in precopy, where our addresses are asked for."""
 
     def change(_: BackendSession, request: Any, answer: Outgoing | None) -> Outgoing | None:
-        if answer is None or request.code is not F.ADD_MEM_REG:
+        if answer is None or request.code is not code or not request.row.reply:
             return answer
-        return Outgoing(Header(F.ADD_MEM_REG, 5, 8).pack() + bytes(8))
+        return Outgoing(Header(code, 5, 8).pack() + bytes(8))
 
     answering(change)
+
+
+@fault("postcopy.slots", "postcopy.ack-slots")
+def tells_no_address_of_a_region() -> None:
+    _acknowledges_in_postcopy_too(F.ADD_MEM_REG)
+
+
+@fault("postcopy.table", "postcopy.table-order")
+def tells_no_addresses_of_a_table() -> None:
+    _acknowledges_in_postcopy_too(F.SET_MEM_TABLE)
+
+
+@fault("postcopy.loss")
+def closes_its_userfaultfd_first() -> None:
+    """Whereupon the kernel places pages of zeros."""
+    Postcopy.revoke = Postcopy._part  # type: ignore[method-assign]
 
 
 @fault("postcopy.hugetlb")
@@ -139,9 +145,6 @@ def _laboratory(name: str, *fails: str) -> None:
     script(_LABORATORY / f"{name}.py", *(f"postcopy.{case}" for case in fails))
 
 
-_laboratory("advise_with_another_descriptor", "advise-userfaultfd")
-_laboratory("advise_with_two_descriptors", "advise")
-_laboratory("advise_without_descriptor", "advise")
 _laboratory("bases_of_other_regions", "two-regions", "two-regions-in-table")
 _laboratory("bases_of_the_front_end", "ack-empty", "ack-u64", "ack-slots")
 _laboratory("bases_off_by_a_page", "fault", "end")
@@ -150,6 +153,4 @@ _laboratory("end_not_answered", "end", "end-again", "second")
 _laboratory("prefaults", "no-more-than-needed")
 _laboratory("fills_before_the_ack", "no-touch", "no-hole-filled")
 _laboratory("registers_nothing", "fault", "no-hole-filled", "loss-then-next", "data")
-_laboratory("sends_an_idle_userfaultfd", "fault", "loss")
-_laboratory("table_not_answered", "table", "table-order")
 _laboratory("unregisters_early", "waits", "two-regions")

@@ -134,7 +134,7 @@ def stops_for_a_region() -> None:
 @fault("slots.added")
 def wants_a_table_before_regions() -> None:
     async def change(connection: Connection, request: Any, right: Any) -> Any:
-        if not connection.memory.regions:
+        if not connection.memory.regions and not connection._listening:
             raise RequestRefused("no table yet")
         return await right(connection, request)
 

@@ -22,6 +22,7 @@ from vhostuser.protocol import VirtioFeature as V
 
 CASES: Theme[Peer] = Theme("personas", "Communication")
 MIB = 1 << 20
+BIT_30 = V.PROTOCOL_FEATURES
 
 _SIZE_MAX, _SEG_MAX, _GEOMETRY, _BLK_SIZE, _FLUSH, _TOPOLOGY, _WCE, _MQ, _DISCARD, _ZEROES = (
     1 << bit for bit in (1, 2, 4, 6, 9, 10, 11, 12, 13, 14)
@@ -265,23 +266,27 @@ PERSONAS: Final = {
 """All of them, by the last part of their case's id."""
 
 
-@CASES.must("qemu-7", "A machine of QEMU 7.2 boots from it: firmware, then kernel.", Need.RINGS)
+@CASES.must("qemu-7", "A machine of QEMU 7.2 boots from it: firmware, then kernel.", BIT_30, Need.RINGS)
 async def _(peer: Peer) -> None:
     await Player(peer, QEMU_7).play()
 
 
-@CASES.must("qemu-10", "A machine of QEMU 10.0 boots from it, with rings larger than it has announced.", Need.RINGS)
+@CASES.must(
+    "qemu-10", "A machine of QEMU 10.0 boots from it, with rings larger than it has announced.", BIT_30, Need.RINGS
+)
 async def _(peer: Peer) -> None:
     await Player(peer, QEMU_10).play()
 
 
-@CASES.must("dpdk", "It serves DPDK's virtio_user, by two rings in memory above 4 GiB.", Need.RINGS, Need.TWO_RINGS)
+@CASES.must(
+    "dpdk", "It serves DPDK's virtio_user, by two rings in memory above 4 GiB.", BIT_30, Need.RINGS, Need.TWO_RINGS
+)
 async def _(peer: Peer) -> None:
     await Player(peer, DPDK).play()
 
 
 @CASES.must(
-    "crosvm", "It serves crosvm, which puts it to sleep and wakes it, and never asks for an answer.", Need.RINGS
+    "crosvm", "It serves crosvm, which puts it to sleep and wakes it, and never asks for an answer.", BIT_30, Need.RINGS
 )
 async def _(peer: Peer) -> None:
     await Player(peer, CROSVM).play()
@@ -290,6 +295,7 @@ async def _(peer: Peer) -> None:
 @CASES.must(
     "cloud-hypervisor",
     "It serves cloud-hypervisor, which pauses and resumes it, and asks for every answer.",
+    BIT_30,
     Need.RINGS,
 )
 async def _(peer: Peer) -> None:

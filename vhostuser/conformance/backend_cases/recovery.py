@@ -130,6 +130,7 @@ def _refused(name: str, rule: str, described: Inflight) -> None:
     @CASES.should(name, rule, SHMFD, ACK, section=SET)
     async def _(peer: Peer) -> None:
         await peer.negotiate()
+        await peer.share()
         await peer.refuses(F.SET_INFLIGHT_FD, described, ((await _buffer(peer)).fd,))
 
 
