@@ -138,7 +138,7 @@ class Play:
     @property
     def extent(self) -> frozenset[int]:
         """Rings that are ready on the connection that was made last."""
-        return self.talks[-1].transcript.extent() if self.talks else frozenset()
+        return frozenset(self.talks[-1].transcript.ready) if self.talks else frozenset()
 
     async def settled(self, wanted: frozenset[int], quiet: float, within: float) -> None:
         """Waits until these rings (none given: any) are ready, or the front-end has ended, and nothing more comes."""
@@ -204,7 +204,7 @@ class FrontendBench:
     @property
     def extent(self) -> frozenset[int]:
         """Rings that the front-end makes ready by itself."""
-        found = [connection.extent() for session in self.sessions[:1] for connection in session.connections]
+        found = [connection.ready for session in self.sessions[:1] for connection in session.connections]
         return frozenset[int]().union(*found)
 
     def offer_for(self, code: FrontendRequest) -> Offer:
@@ -295,6 +295,8 @@ class FrontendBench:
             if twist.watch:
                 await play.settled(self.extent, settings.quiet, settings.patience)
             lacking = await self._returns(play, talk) if talk.gone else ""
+            if kind is Taken.WENT_ON:  # perhaps not for long
+                await play.until(lambda: play.over, settings.quiet)
             hung = not await play.caller.stop()
             return Outcome(
                 kind, detail, talk.transcript, talk.asked, play.caller.crash, hung, talk.gone and not lacking, lacking
@@ -303,7 +305,8 @@ class FrontendBench:
     async def _coax(self, play: Play, twist: Twist) -> None:
         """Waits for what comes last: when everything was set up, or when the front-end is asked to end."""
         done, settings = twist.done.is_set, self.settings
-        if not await play.until(lambda: done() or play.over, settings.quiet):
+        await play.settled(self.extent, settings.quiet, settings.patience)
+        if not done() and not play.over:
             stopping = asyncio.ensure_future(play.caller.stop())
             await play.until(lambda: done() or play.over, settings.patience if settings.launch else 0)
             stopping.cancel()

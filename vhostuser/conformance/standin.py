@@ -31,13 +31,14 @@ from vhostuser.protocol import (
     Header,
     Inflight,
     Payload,
+    ProtocolFeature,
     RemoteProtocolError,
     VringState,
 )
 from vhostuser.protocol.witness import LARGEST_BODY, Side, Wire, Witness
 from vhostuser.raw import RawMessage, receive_message
 
-F = FrontendRequest
+F, P = FrontendRequest, ProtocolFeature
 
 _INFLIGHT = 64 << 10
 
@@ -85,7 +86,6 @@ class StandIn:
         self.gone = False
         """We have hung up."""
         self.backend_socket: socket.socket | None = None
-        self.calls: dict[int, int] = {}
         self._offer = offer
         self._twist = twist
         self._news = news
@@ -93,6 +93,7 @@ class StandIn:
         self._witness = Witness()
         self._bases: dict[int, int] = {}
         self._status = 0
+        self._protocol = 0
         self._held: list[Fds] = []
         self._serving = asyncio.ensure_future(self._serve())
 
@@ -136,11 +137,13 @@ class StandIn:
         given = tuple(map(describe, fds))
         told = self._witness.hear(Wire.MAIN, Side.FRONTEND, header.pack() + body[:LARGEST_BODY], tuple(fds))
         heard = Heard(told, given)
-        self.heard.append(heard)
         self._keep(heard, fds)
-        answer = self._answer(heard) if told.awaits else None
+        answer = self._answer(heard) if self._due(heard) else None
         try:
-            data = b"" if answer is None else self._settle(heard, answer)
+            data = b""
+            if answer is not None:
+                heard, data = self._settle(heard, answer)
+            self.transcript.add(heard)
             if await self._twisted(heard, answer) and answer is not None:
                 await self.send(data, answer.fd)
         finally:
@@ -161,14 +164,13 @@ class StandIn:
         finally:
             self.acted.set()
 
-    def _settle(self, heard: Heard, answer: Answer) -> bytes:
-        """The bytes of the right answer, which counts as given whatever becomes of it: the messages that follow are
-        understood as by a front-end that has not noticed."""
+    def _settle(self, heard: Heard, answer: Answer) -> tuple[Heard, bytes]:
+        """The message with the right answer, and the bytes of that. It counts as given whatever becomes of it: what
+        follows is understood as by a front-end that has not noticed."""
         fds = () if answer.fd < 0 else (answer.fd,)
-        self.heard[-1] = replace(heard, answer=answer.payload, answered=tuple(map(describe, fds)))
         data = pack(heard.code, answer.payload.pack())
         self._witness.hear(Wire.MAIN, Side.BACKEND, data, fds)
-        return data
+        return replace(heard, answer=answer.payload, answered=tuple(map(describe, fds))), data
 
     async def send(self, data: bytes, *fds: int) -> None:
         """Sends any bytes; the descriptors stay the caller's. A front-end that has gone is no error."""
@@ -180,6 +182,8 @@ class StandIn:
         self.gone = self.closed = self.transcript.cut = True
         self._channel.end()
         self._channel.close()
+        if self.backend_socket is not None:
+            self.backend_socket.close()
         self._news.set()
 
     # ---- what is remembered and answered
@@ -188,14 +192,24 @@ class StandIn:
         payload = heard.payload
         if heard.code == F.SET_VRING_BASE and isinstance(payload, VringState):
             self._bases[payload.index] = payload.num
+        elif heard.code == F.SET_PROTOCOL_FEATURES and isinstance(payload, U64):
+            self._protocol = payload.value
         elif heard.code == F.SET_STATUS and isinstance(payload, U64):
             self._status = payload.value
-        elif heard.code == F.SET_VRING_CALL and fds and heard.given[0].kind == "eventfd":
-            self.calls[heard.message.body[0]] = fds[0]
         elif heard.code == F.SET_BACKEND_REQ_FD and fds and heard.given[0].kind == "socket":
             if self.backend_socket is not None:
                 self.backend_socket.close()
             self.backend_socket = socket.socket(fileno=fds.take())
+
+    def _due(self, heard: Heard) -> bool:
+        """Is there an answer to come? Also for what no session would take, as long as it can be understood."""
+        row = FRONTEND.get(heard.code)
+        if heard.code == F.SET_LOG_BASE:
+            return self._agreed(P.LOG_SHMFD) or heard.message.header.need_reply
+        return bool(row and row.reply) or (heard.message.header.need_reply and self._agreed(P.REPLY_ACK))
+
+    def _agreed(self, feature: ProtocolFeature) -> bool:
+        return bool(self._protocol & feature.mask)
 
     def _answer(self, heard: Heard) -> Answer:
         """The right answer."""

@@ -207,6 +207,19 @@ class Transcript:
     ended: bool = False
     cut: bool = False
 
+    def __post_init__(self) -> None:
+        self.now = self._opening()
+        """What it all adds up to."""
+        self.ready = set[int]()
+        """Rings that were made ready to run at some time: how far a front-end goes by itself."""
+
+    def add(self, heard: Heard) -> None:
+        """One more message."""
+        self.heard.append(heard)
+        self.now.apply(heard)
+        by_message = self.now.has(VirtioFeature.PROTOCOL_FEATURES)
+        self.ready |= {index for index in self.now.running if self.now.rings[index].enabled or not by_message}
+
     def walk(self) -> Iterator[tuple[Scene, Heard]]:
         """Every message with what stood before it. The scene is one object, which changes."""
         scene = self._opening()
@@ -217,30 +230,9 @@ class Transcript:
     def _opening(self) -> Scene:
         return Scene(self.offered, self.protocol, self.queues)
 
-    def scene(self) -> Scene:
-        """What it all adds up to."""
-        scene = self._opening()
-        for heard in self.heard:
-            scene.apply(heard)
-        return scene
-
     def codes(self) -> Counter[int]:
         """How often each request was sent."""
         return Counter(heard.code for heard in self.heard)
-
-    def extent(self) -> frozenset[int]:
-        """Rings that were made ready to run at some time: how far a front-end goes by itself."""
-        scene, found = self._opening(), set[int]()
-        for heard in self.heard:
-            scene.apply(heard)
-            found |= {index for index in scene.running if _ready(scene, index)}
-        return frozenset(found)
-
-
-def _ready(scene: Scene, index: int) -> bool:
-    ring = scene.rings[index]
-    by_message = scene.has(VirtioFeature.PROTOCOL_FEATURES)
-    return ring.armed and (ring.enabled or not by_message)
 
 
 def total(transcripts: Sequence[Transcript]) -> Counter[int]:

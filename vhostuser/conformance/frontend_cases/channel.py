@@ -64,7 +64,8 @@ class Line:
         self._channel.close()
 
     async def lives(self) -> None:
-        """The front-end still runs, and ends when it is asked to."""
+        """The front-end still runs after a while, and ends when it is asked to."""
+        await self.play.until(lambda: self.play.over, self.quiet)
         hung = not await self.play.caller.stop()
         crash = self.play.caller.crash
         check(not crash, "the front-end to survive what a back-end does", crash)

@@ -55,7 +55,7 @@ async def _while_running(bench: FrontendBench) -> None:
     check(not session.crash, "the front-end to survive the death of a back-end", session.crash)
     check(not session.hung, "a front-end that can be ended (SIGTERM)", "it does not end")
     first, *later = [connection for connection in session.connections if connection.heard]
-    lacking = first.extent() - later[-1].extent() if later else frozenset()
+    lacking = first.ready - later[-1].ready if later else frozenset()
     check(not lacking, "everything set up again, or nothing", f"rings {sorted(lacking)} not set up again")
 
 

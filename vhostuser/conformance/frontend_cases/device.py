@@ -146,10 +146,10 @@ async def _kept(bench: FrontendBench) -> None:
     before = after = None
     for session in bench.sessions[1:2]:
         for connection in session.connections:
-            scene, told = connection.scene(), connection.codes()
+            scene, told = connection.now, connection.codes()
             if before is None:
                 before = scene.buffer if told[F.SET_INFLIGHT_FD] else None
-            elif connection.extent():
+            elif connection.ready:
                 after = next((h.given[0] for h in connection.heard if h.code == F.SET_INFLIGHT_FD and h.given), None)
                 check(after is not None, "SET_INFLIGHT_FD for the back-end that came back", "none before rings ran")
                 assert after is not None
@@ -195,7 +195,7 @@ def acknowledged(_: Scene, heard: Heard) -> str:
 
 @STATUS.connection("driver-ok", "Where STATUS was negotiated, rings that run are followed by DRIVER_OK.", should=True)
 def driver_ok(connection: Transcript) -> str | None:
-    if not connection.extent() or not connection.scene().has(P.STATUS) or connection.cut:
+    if not connection.ready or not connection.now.has(P.STATUS) or connection.cut:
         return None
     told = [_status(heard) for heard in connection.heard if heard.code == F.SET_STATUS]
     return "" if any(value & DeviceStatus.DRIVER_OK for value in told) else f"status {[hex(value) for value in told]}"

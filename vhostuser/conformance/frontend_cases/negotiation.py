@@ -97,7 +97,7 @@ def kept_while_running(scene: Scene, heard: Heard) -> str:
 
 @FEATURES.connection("bit-30", "A front-end that has set protocol features takes PROTOCOL_FEATURES too.", should=True)
 def bit_30(connection: Transcript) -> str | None:
-    scene = connection.scene()
+    scene = connection.now
     if scene.protocol is None or scene.features is None:
         return None
     return "" if scene.has(V.PROTOCOL_FEATURES) else f"features {feature_names(scene.features)}"

@@ -121,7 +121,7 @@ def still_address(scene: Scene, heard: Heard) -> str:
 @ORDER.connection("enabled", "Where PROTOCOL_FEATURES was negotiated, a ring that is given a kick is enabled too.",
                   section="VHOST_USER_SET_VRING_ENABLE")  # fmt: skip
 def enabled(connection: Transcript) -> str | None:
-    scene, armed, switched = connection.scene(), set(), set()
+    scene, armed, switched = connection.now, set(), set()
     if not scene.has(V.PROTOCOL_FEATURES):
         return None
     for heard in connection.heard:
@@ -139,9 +139,9 @@ def enabled(connection: Transcript) -> str | None:
 @ORDER.connection("stopped", "Every ring is stopped by GET_VRING_BASE before the connection is closed.", should=True,
                   section="VHOST_USER_GET_VRING_BASE")  # fmt: skip
 def stopped(connection: Transcript) -> str | None:
-    if not connection.ended or not connection.extent():
+    if not connection.ended or not connection.ready:
         return None
-    left = connection.scene().running
+    left = connection.now.running
     return f"rings {left} were never stopped" if left else ""
 
 
@@ -257,8 +257,8 @@ def own_kick(scene: Scene, heard: Heard) -> str:
 @EVENT.connection("called", "A ring that runs has a call, or says that its driver polls.", should=True,
                   section="VHOST_USER_SET_VRING_CALL")  # fmt: skip
 def called(connection: Transcript) -> str | None:
-    if not connection.extent():
+    if not connection.ready:
         return None
     told = {h.payload.index for h in connection.heard if h.code == F.SET_VRING_CALL and isinstance(h.payload, VringFd)}
-    left = connection.extent() - told
+    left = connection.ready - told
     return f"no SET_VRING_CALL for rings {sorted(left)}" if left else ""

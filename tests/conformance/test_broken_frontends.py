@@ -1,0 +1,62 @@
+"""The suite for front-ends finds every fault, and every case of it can fail.
+
+Set ``VHOSTUSER_BROKEN=all`` to try the whole suite on each, as must be done when a fault is added: none may fail more
+than fifteen cases, or it would prove little about any of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from tests.conformance.broken_frontends import FAULTS
+from tests.conformance.frontends import in_memory
+from tests.conformance.test_frontends import try_on
+from vhostuser.conformance.frontend_cases import CASES
+from vhostuser.conformance.suite import Verdict
+
+pytestmark = pytest.mark.timeout(600)
+
+ALL = os.environ.get("VHOSTUSER_BROKEN") == "all"
+TOGETHER, MOST = 12, 15
+
+
+async def failures(name: str, turn: asyncio.Semaphore) -> list[str]:
+    fault = FAULTS[name]
+    async with turn:
+        results = await try_on(in_memory(fault.make), [case for case in CASES if ALL or case.id in fault.fails])
+    errors = [f"{result.case.id}: {result.reason}" for result in results if result.verdict is Verdict.ERROR]
+    assert not errors, f"{name}: {errors}"
+    return [result.case.id for result in results if result.verdict is Verdict.FAIL]
+
+
+async def all_failures(names: list[str]) -> dict[str, list[str]]:
+    turn = asyncio.Semaphore(TOGETHER)
+    found = await asyncio.gather(*(failures(name, turn) for name in names))
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> dict[str, list[str]]:
+    """What fails on each front-end that is tried; they spend most of their time waiting, so many at a time."""
+    chosen = [getattr(item, "callspec", None) for item in request.session.items]
+    names = sorted({spec.params["fault"] for spec in chosen if spec is not None and "fault" in spec.params})
+    return asyncio.run(all_failures(names))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(fault: str, found: dict[str, list[str]]) -> None:
+    missed = sorted(set(FAULTS[fault].fails) - set(found[fault]))
+    assert not missed, f"these pass, and {found[fault]} fail"
+    assert len(found[fault]) <= MOST, found[fault]
+
+
+def test_every_case_can_fail() -> None:
+    shown = {case for fault in FAULTS.values() for case in fault.fails}
+    assert {case.id for case in CASES} - shown == set()
+
+
+def test_there_are_many_faults() -> None:
+    assert len(FAULTS) >= 40
