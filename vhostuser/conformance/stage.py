@@ -63,9 +63,9 @@ class Taken(Enum):
 class Outcome:
     """How, and what came of it.
 
-    detail: what it said next, or how it ended. crash: the signal that ended it. hung: it did not end when it was asked
-    to. back: on a later connection it set everything up again. lacking: what it did not. last: the connection on which
-    it happened. asked: it wanted an answer there.
+    detail: what it said next, or how it ended. last: the connection on which it happened. asked: it wanted an answer
+    there. crash: the signal that ended it. hung: it did not end when it was asked to. lacking: what it did not set up
+    again on a later connection.
     """
 
     kind: Taken
@@ -74,7 +74,6 @@ class Outcome:
     asked: bool = True
     crash: str = ""
     hung: bool = False
-    back: bool = False
     lacking: str = ""
 
     def __str__(self) -> str:
@@ -83,10 +82,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Session:
-    """A play in which we did everything right. connections: in their order. end: as Caller's."""
+    """A play in which we did everything right. connections: in their order. restart: between two of them we died.
+
+    end, crash, hung: as Caller's.
+    """
 
     offer: Offer
     connections: Sequence[Transcript]
+    restart: bool = False
     end: str = ""
     crash: str = ""
     hung: bool = False
@@ -192,7 +195,7 @@ class FrontendBench:
             raise Unreachable(f"the front-end ended without a word: {end}" if end else "no front-end has connected")
         plain = full.without("with few protocol features", *(set(P) - {P.MQ, P.CONFIG}))
         for offer, restart in (
-            (full, True),
+            (replace(full, name="with a restart"), True),
             (replace(full, name="with two memory slots", slots=2), False),
             (full.without("without memory slots", P.CONFIGURE_MEM_SLOTS), False),
             (plain, False),
@@ -270,7 +273,8 @@ class FrontendBench:
             hung = not await play.caller.stop()
             last = 0.0 if settings.launch is None else settings.patience
             await play.until(lambda: all(talk.closed for talk in play.talks), last)
-            return Session(offer, [talk.transcript for talk in play.talks], play.caller.end, play.caller.crash, hung)
+            connections = [talk.transcript for talk in play.talks]
+            return Session(offer, connections, restart, play.caller.end, play.caller.crash, hung)
 
     async def take(self, name: str, make: Callable[[], Twist], *, offer: Offer | None = None) -> Outcome | None:
         """What the front-end does when this is done to it; None: it never came to that. Played once for each name."""
@@ -284,32 +288,40 @@ class FrontendBench:
             done = twist.done.is_set
             await play.until(lambda: bool(play.talks) or play.over, play.caller.starting)
             await play.until(lambda: done() or play.over or play.extent >= self.extent, settings.patience)
-            if not done():
-                await self._coax(play, twist)
+            ending = not done() and await self._coax(play, twist)
             if not done():
                 return None
             talk = next(talk for talk in play.talks if talk.twisted_at is not None)
             await talk.acted.wait()
             await play.until(lambda: bool(talk.after) or talk.closed or play.over, settings.patience)
             kind, detail = _how(talk, play)
-            if twist.watch:
-                await play.settled(self.extent, settings.quiet, settings.patience)
+            if kind is Taken.WENT_ON and not ending:  # perhaps not for long
+                kind = await self._watch(play, talk, twist)
             lacking = await self._returns(play, talk) if talk.gone else ""
-            if kind is Taken.WENT_ON:  # perhaps not for long
-                await play.until(lambda: play.over, settings.quiet)
             hung = not await play.caller.stop()
-            return Outcome(
-                kind, detail, talk.transcript, talk.asked, play.caller.crash, hung, talk.gone and not lacking, lacking
-            )
+            return Outcome(kind, detail, talk.transcript, talk.asked, play.caller.crash, hung, lacking)
 
-    async def _coax(self, play: Play, twist: Twist) -> None:
-        """Waits for what comes last: when everything was set up, or when the front-end is asked to end."""
+    async def _watch(self, play: Play, talk: StandIn, twist: Twist) -> Taken:
+        """What becomes of a front-end that has gone on: where that matters, until it has set everything up."""
+
+        def ended() -> bool:
+            return talk.closed or play.over
+
+        if twist.watch:
+            await play.until(lambda: ended() or talk.transcript.ready >= self.extent, self.settings.patience)
+        await play.until(ended, self.settings.quiet)
+        return Taken.CLOSED if ended() else Taken.WENT_ON
+
+    async def _coax(self, play: Play, twist: Twist) -> bool:
+        """Waits for what comes last: when everything was set up, or when the front-end is asked to end. Was it?"""
         done, settings = twist.done.is_set, self.settings
         await play.settled(self.extent, settings.quiet, settings.patience)
-        if not done() and not play.over:
-            stopping = asyncio.ensure_future(play.caller.stop())
-            await play.until(lambda: done() or play.over, settings.patience if settings.launch else 0)
-            stopping.cancel()
+        if done() or play.over:
+            return False
+        stopping = asyncio.ensure_future(play.caller.stop())
+        await play.until(lambda: done() or play.over, settings.patience if settings.launch else 0)
+        stopping.cancel()
+        return True
 
     async def _returns(self, play: Play, talk: StandIn) -> str:
         """What a front-end whose back-end has died does not set up again; empty also if it has ended by itself."""

@@ -69,7 +69,7 @@ async def _outcome(bench: FrontendBench, name: str, code: FrontendRequest, act: 
 
 def _refuses(name: str, code: FrontendRequest, change: Change) -> Run[FrontendBench]:
     async def run(bench: FrontendBench) -> None:
-        outcome = await _outcome(bench, f"{name}.{code.name}", code, _sending(change))
+        outcome = await _outcome(bench, f"{name}.{code.name}", code, _sending(change), watch=True)
         unharmed(outcome)
         closed = outcome.kind in (Taken.CLOSED, Taken.ENDED)
         check(closed, "the connection closed", f"it {outcome}")

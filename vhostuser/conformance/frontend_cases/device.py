@@ -144,7 +144,7 @@ def large_enough(scene: Scene, heard: Heard) -> str:
 
 async def _kept(bench: FrontendBench) -> None:
     before = after = None
-    for session in bench.sessions[1:2]:
+    for session in (each for each in bench.sessions if each.restart):
         for connection in session.connections:
             scene, told = connection.now, connection.codes()
             if before is None:
