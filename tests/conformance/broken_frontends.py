@@ -53,10 +53,11 @@ F, P, V = FrontendRequest, ProtocolFeature, VirtioFeature
 
 
 class Fault(NamedTuple):
-    """A front-end with a fault, and the cases that must fail."""
+    """A front-end with a fault, and the cases that must fail. patience: seconds to wait for what it must do."""
 
     make: Callable[[Path], Life]
     fails: tuple[str, ...]
+    patience: float = 5.0
 
 
 FAULTS: dict[str, Fault] = {}
@@ -696,6 +697,9 @@ class DeafOnLittle(Life):
 @fault("life.sets-up")
 class SetsNothingUp(Life):
     steps = without("set_up", "enable", "driver_ok", "log", "hotplug")
+
+
+FAULTS["SetsNothingUp"] = FAULTS["SetsNothingUp"]._replace(patience=0.5)  # for nothing, in every session
 
 
 @fault("death.while-running")

@@ -1,4 +1,4 @@
-"""A front-end in memory that does everything right, for faults to be put in (``broken_frontends``).
+"""A front-end that does everything right, in memory, for faults to be put in (``broken_frontends``), or as a process.
 
 What belongs here: the whole of a front-end's life, with our own ``Frontend``: it connects again when its back-end is
 lost, and ends when it is asked to. What does not: faults.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +149,7 @@ class Life:
     async def _serve(self) -> None:
         """One connection, to its end or ours."""
         try:
-            self.talk = await Talk.connect(self.path)
+            self.talk = await self.connect()
         except OSError:
             return
         self.talk.life, self.talk.timeout, self.ready = self, None, False
@@ -156,7 +158,7 @@ class Life:
         try:
             await asyncio.wait((session, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not session.done() and self.ready:
-                self.talk.timeout = 0.6
+                self.talk.timeout = 2.0
                 await self._quietly(self.wind_up())
             if session.done():
                 session.result()
@@ -170,6 +172,10 @@ class Life:
             self._owned.close()
             self.rings.clear()
             self.first = False
+
+    async def connect(self) -> Talk:
+        """The next connection. Raises OSError."""
+        return await Talk.connect(self.path)
 
     async def _quietly(self, work: Awaitable[None]) -> None:
         with contextlib.suppress(VhostUserError, OSError):
@@ -328,3 +334,35 @@ def in_memory(make: Callable[[Path], Life] = Life) -> Launch:
         return InMemory(make(path))
 
     return launch
+
+
+class Server(Life):
+    """The same, with a back-end that connects."""
+
+    async def connect(self) -> Talk:
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.setblocking(False)
+            self.path.unlink(missing_ok=True)
+            listener.bind(str(self.path))
+            listener.listen()
+            stopping = asyncio.ensure_future(self.stop.wait())
+            accepting = asyncio.ensure_future(loop.sock_accept(listener))
+            await asyncio.wait((stopping, accepting), return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            accepting.cancel()
+            await asyncio.gather(stopping, accepting, return_exceptions=True)
+            if accepting.cancelled():
+                raise ConnectionAbortedError
+            return Talk(accepting.result()[0])
+
+
+async def main(kind: type[Life], path: Path) -> int:
+    """As a process: until SIGTERM."""
+    life = kind(path)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, life.asked)
+    return await life.run()
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main(Server if "--server" in sys.argv else Life, Path(sys.argv[1]))))

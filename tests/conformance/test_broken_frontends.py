@@ -20,13 +20,14 @@ from vhostuser.conformance.suite import Verdict
 pytestmark = pytest.mark.timeout(600)
 
 ALL = os.environ.get("VHOSTUSER_BROKEN") == "all"
-TOGETHER, MOST = 12, 15
+TOGETHER, MOST = 16, 15
 
 
 async def failures(name: str, turn: asyncio.Semaphore) -> list[str]:
     fault = FAULTS[name]
     async with turn:
-        results = await try_on(in_memory(fault.make), [case for case in CASES if ALL or case.id in fault.fails])
+        cases = [case for case in CASES if ALL or case.id in fault.fails]
+        results = await try_on(in_memory(fault.make), cases, patience=fault.patience)
     errors = [f"{result.case.id}: {result.reason}" for result in results if result.verdict is Verdict.ERROR]
     assert not errors, f"{name}: {errors}"
     return [result.case.id for result in results if result.verdict is Verdict.FAIL]

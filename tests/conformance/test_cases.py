@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
 from vhostuser.conformance.backend_cases import CASES
-from vhostuser.conformance.peer import Peer
+from vhostuser.conformance.frontend_cases import CASES as FRONTEND_CASES
 from vhostuser.conformance.suite import Case
 
 
-def test_ids_are_unique() -> None:
-    ids = [case.id for case in CASES]
+@pytest.mark.parametrize("cases", [CASES, FRONTEND_CASES], ids=["backend", "frontend"])
+def test_ids_are_unique(cases: list[Case[Any]]) -> None:
+    ids = [case.id for case in cases]
     assert sorted(ids) == sorted(set(ids))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_case_is_complete(case: Case[Peer]) -> None:
+@pytest.mark.parametrize("case", [*CASES, *FRONTEND_CASES], ids=lambda case: case.id)
+def test_a_case_is_complete(case: Case[Any]) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)+", case.id)
     assert case.section
     assert case.rule[0].isupper() or case.rule[0].isdigit()

@@ -1,9 +1,16 @@
-"""Our own front-end passes the suite for front-ends, strictly."""
+"""Our own front-end passes the suite for front-ends, strictly; the command line with it."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import parse
+
+import pytest
 
 from tests.conformance.frontends import in_memory
 from vhostuser.conformance.bench import Device
@@ -14,11 +21,12 @@ from vhostuser.conformance.stage import FrontendBench, Settings
 from vhostuser.conformance.suite import Case, Result, judge_all
 
 
-async def try_on(launch: Launch, cases: Sequence[Case[Any]], *, jobs: int = 8) -> list[Result[Any]]:
-    bench = FrontendBench(Settings(offer_of(Device.BLK), launch=launch, patience=1.0, quiet=0.1))
+async def try_on(launch: Launch, cases: Sequence[Case[Any]], *, patience: float = 5.0) -> list[Result[Any]]:
+    """The results. Many cases at a time: they spend most of their time waiting."""
+    bench = FrontendBench(Settings(offer_of(Device.BLK), launch=launch, patience=patience, quiet=0.3))
     await bench.look()
     try:
-        return [result async for result in judge_all(cases, bench, jobs=jobs)]
+        return [result async for result in judge_all(cases, bench, jobs=8, patience=60)]
     finally:
         await bench.close()
 
@@ -26,3 +34,80 @@ async def try_on(launch: Launch, cases: Sequence[Case[Any]], *, jobs: int = 8) -
 async def test_our_front_end_conforms_strictly() -> None:
     results = await try_on(in_memory(), CASES)
     assert [(r.case.id, r.actual or r.reason) for r in results if r.verdict != "PASS"] == []
+
+
+# ---- the command line
+
+OURS = f"{sys.executable} -m tests.conformance.frontends"
+TOOL = [sys.executable, "-m", "vhostuser.tools.main", "conform", "frontend"]
+ONE = ("life", "size", "answer.flags.get-config", "death.at.set-mem-table", "channel.unknown", "death.while-running")
+
+
+def conform(*arguments: str, seconds: float = 50) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TOOL, *arguments], capture_output=True, text=True, timeout=seconds)
+
+
+def marks(path: Path) -> dict[str, str]:
+    return {case["id"]: case["mark"] for case in json.loads(path.read_text())["cases"]}
+
+
+def test_a_front_end_is_started(tmp_path: Path) -> None:
+    done = conform("--start", f"{OURS} {{socket}}", "--strict", f"--json={tmp_path / 'json'}", *ONE)
+    assert done.returncode == 0, done.stderr
+    assert set(marks(tmp_path / "json").values()) == {"pass"}
+
+
+def test_a_front_end_that_listens_is_started(tmp_path: Path) -> None:
+    done = conform("--start", f"{OURS} {{socket}} --server", "--server", f"--json={tmp_path / 'json'}", *ONE)
+    assert done.returncode == 0, done.stderr
+    assert set(marks(tmp_path / "json").values()) == {"pass"}
+
+
+def test_a_front_end_that_runs_already_is_awaited(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with subprocess.Popen([*OURS.split(), str(path)]) as process:
+        try:
+            done = conform(f"--socket-path={path}", f"--junit={tmp_path / 'xml'}", f"--json={tmp_path / 'json'}", *ONE)
+        finally:
+            process.terminate()
+    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0
+    left = {case for case, mark in marks(tmp_path / "json").items() if mark != "pass"}
+    assert left == {"size.get-vring-base", "size.reset-device"}, (
+        "it is not asked to end, nor sends what belongs to that"
+    )
+    assert {suite.get("name") for suite in parse(tmp_path / "xml").getroot()} == {
+        "answer",
+        "channel",
+        "death",
+        "life",
+        "size",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--socket-path=/nowhere/socket"], 3, "/nowhere/socket: No such file or directory"),
+        (["--start", "/no/program {socket}"], 3, "cannot be started"),
+        (["--start", "false {socket}"], 3, "the front-end ended without a word: status 1"),
+        (["--socket-path=here"], 3, "no front-end has connected"),
+        (["--start", "true"], 2, "no {socket}"),
+        ([], 2, "either --start or --socket-path"),
+        (["--socket-path=/x", "no.such.case"], 2, "no case has such an id"),
+        (["--socket-path=/x", "--keep"], 2, "unrecognized arguments: --keep"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(
+    arguments: list[str], status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = conform("--timeout=0.2", *arguments)
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, 1), done.stderr
+    assert said in done.stderr
+
+
+def test_the_cases_are_listed() -> None:
+    done = conform("--list", "death.while-running")
+    assert done.returncode == 0
+    assert done.stdout.startswith("death.while-running\n    MUST, Communication: ")
