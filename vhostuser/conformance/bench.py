@@ -19,7 +19,7 @@ from vhostuser.frontend import Frontend
 from vhostuser.protocol import ProtocolFeature, VhostUserError, VirtioFeature
 from vhostuser.uffd import NotPermitted, Userfaultfd
 
-_BLK_RO, _BLK_MQ = 5, 12
+_BLK_RO, _BLK_DISCARD, _BLK_WRITE_ZEROES = 5, 13, 14
 
 
 class Device(Enum):
@@ -36,6 +36,8 @@ class Need(Enum):
     RINGS = "a device whose requests this suite knows (--device)"
     BLK = "a block device (--device=blk)"
     WRITABLE = "a block device that may be written to"
+    DISCARD = "a block device that offers DISCARD"
+    WRITE_ZEROES = "a block device that offers WRITE_ZEROES"
     TWO_RINGS = "a device with two rings or more"
     PROCESS = "a back-end that this suite may kill (--start)"
     USERFAULTFD = "a userfaultfd that handles kernel faults (root, or access to /dev/userfaultfd)"
@@ -116,6 +118,10 @@ class BackendBench:
                 return device is Device.BLK
             case Need.WRITABLE:
                 return device is Device.BLK and not features >> _BLK_RO & 1
+            case Need.DISCARD:
+                return device is Device.BLK and bool(features >> _BLK_DISCARD & 1)
+            case Need.WRITE_ZEROES:
+                return device is Device.BLK and bool(features >> _BLK_WRITE_ZEROES & 1)
             case Need.TWO_RINGS:
                 return self.survey.queues > 1
             case Need.PROCESS:

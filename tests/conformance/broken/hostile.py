@@ -8,7 +8,8 @@ from typing import Any
 
 from tests.conformance.broken.registry import FAULTS, Fault, crash, fault
 from tests.conformance.plain import Queue, override
-from tests.conformance.plain.ring import Bad
+from tests.conformance.plain.queue import Chain
+from tests.conformance.plain.ring import NEXT, Bad, Descriptor
 from tests.conformance.plain.ring import Ring as Fields
 from vhostuser._native import lib
 from vhostuser.lifecycle import Lifecycle
@@ -87,6 +88,31 @@ def dies_of_a_broken_ring_that_is_kicked_on_and_on() -> None:
             asyncio.get_running_loop().add_reader(ring.kick, kicked, ring)
 
     Lifecycle._ring_ended = ended  # type: ignore[method-assign]
+
+
+@fault("hostile.head-twice")
+def dies_of_a_head_that_is_out() -> None:
+    right = Queue.take
+
+    def take(queue: Queue) -> Chain | None:
+        heads = [queue.ring.avail_head(queue.next + n) for n in range(2 if queue.waiting() > 1 else 0)]
+        if heads and heads[0] == heads[1]:
+            crash()
+        return right(queue)
+
+    override(Queue, take=take)
+
+
+@fault("hostile.indirect-and-next")
+def dies_of_a_table_with_a_link() -> None:
+    right = Queue.check_table
+
+    def check(queue: Queue, descriptor: Descriptor) -> None:
+        if descriptor.flags & NEXT:
+            crash()
+        right(queue, descriptor)
+
+    override(Queue, check_table=check)
 
 
 # ---- rings where no ring can be

@@ -11,7 +11,9 @@ from tests.conformance.plain.inflight import USED_AT
 from tests.conformance.plain.ring import Bad
 from vhostuser._native import lib
 from vhostuser.connection import Connection
+from vhostuser.lifecycle import Lifecycle
 from vhostuser.protocol import FrontendRequest, RequestRefused
+from vhostuser.ring import Ring
 from vhostuser.virtqueue import InflightRegion
 
 # ---- while it runs
@@ -51,6 +53,12 @@ def goes_on_from_the_base_after_those_in_flight() -> None:
         queue.next = queue.setup.base
 
     override(Queue, start=start)
+
+
+@fault("inflight.order")
+def does_again_in_the_order_of_the_table() -> None:
+    right = InflightQueue.taken
+    override(InflightQueue, taken=lambda own: sorted(right(own)))
 
 
 @fault("inflight.returned", "inflight.wrap")
@@ -120,11 +128,11 @@ def dies_of_nonsense_in_the_buffer() -> None:
 
 @fault("inflight.other-size")
 def dies_of_a_buffer_for_a_smaller_ring() -> None:
-    right = Queue.broken_by
+    right = Lifecycle._inflight_of
 
-    def broken(queue: Queue, code: int, head: int = -1) -> object:
-        if code == lib.VU_E_INFLIGHT and not queue.started:
+    def chosen(life: Lifecycle, ring: Ring) -> InflightRegion | None:
+        if life.inflight is not None and ring.size > life.inflight.queue_size:
             crash()
-        return right(queue, code, head)
+        return right(life, ring)
 
-    override(Queue, broken_by=broken)
+    Lifecycle._inflight_of = chosen  # type: ignore[method-assign]

@@ -33,7 +33,41 @@ def writes_what_it_wrote_before() -> None:
     override(Disk, write=write)
 
 
+@fault("blk.write-length")
+def counts_what_it_read_as_written() -> None:
+    right = Disk.serve
+    override(Disk, serve=lambda disk, chain: right(disk, chain) + max(0, chain.to_read - 16))
+
+
+@fault("blk.write-zeroes")
+def zeroes_nothing() -> None:
+    override(Disk, zero=lambda disk, sector, sectors: None)
+
+
+@fault("blk.write-zeroes", "blk.discard")
+def zeroes_a_sector_more() -> None:
+    right = Disk.zero
+    override(Disk, zero=lambda disk, sector, sectors: right(disk, sector, sectors + 1))
+
+
+@fault("blk.discard-unmap")
+def looks_at_no_flags_of_ranges() -> None:
+    right = Disk.change
+    override(Disk, change=lambda disk, chain, kind: right(disk, chain, BlkType.WRITE_ZEROES))
+
+
 # ---- bounds
+
+
+@fault("blk.write-zeroes-beyond", "blk.discard-beyond")
+def ranges_end_with_the_disk() -> None:
+    right = Disk.change
+
+    def change(disk: Disk, chain: Chain, kind: int) -> BlkStatus:
+        status = right(disk, chain, kind)
+        return OK if status is IOERR else status
+
+    override(Disk, change=change)
 
 
 def _inside(judge: Any) -> None:

@@ -160,6 +160,18 @@ def wants_data_in_whole_sectors() -> None:
     override(Disk, read=read)
 
 
+@fault("split.empty-buffer")
+def takes_an_empty_buffer_for_a_mistake() -> None:
+    right = Queue.add
+
+    def add(queue: Queue, chain: Chain, descriptor: Descriptor) -> None:
+        if not descriptor.length:
+            raise Bad(lib.VU_E_SIZE)
+        right(queue, chain, descriptor)
+
+    override(Queue, add=add)
+
+
 @fault("split.joined-status")
 def wants_a_descriptor_for_the_status() -> None:
     def answer(disk: Disk, chain: Chain, status: int) -> None:

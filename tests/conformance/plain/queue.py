@@ -223,7 +223,7 @@ class Queue:
         self.mark_data(chain, max(length, chain.written))
         if self.inflight is not None:
             self.inflight.link(chain.head)
-        self.put_entry(chain.head, min(length, chain.room))
+        self.put_entry(chain.head, length)
         self.used = self.after(self.used)
         self.put_index()
         if self.inflight is not None:

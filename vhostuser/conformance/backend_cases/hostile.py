@@ -91,6 +91,11 @@ def _(lane: Lane) -> None:
     lane.push(0)
 
 
+@_case("head-twice", "A head that is offered again before it came back does no harm.", harmless=True)
+def _(lane: Lane) -> None:
+    lane.push(0, 0)
+
+
 @_case("index-ahead", "An available index more than a ring ahead does no harm.", harmless=True)
 def _(lane: Lane) -> None:
     lane.raw.available_index += SIZE + 1
@@ -143,6 +148,11 @@ def _(lane: Lane) -> None:
 def _(lane: Lane) -> None:
     _tabled(lane)
     lane.raw.describe_at(AWAY, 0, AWAY, 48, TABLE)
+
+
+@_case("indirect-and-next", "A table with a link behind it does no harm.", INDIRECT, harmless=True)
+def _(lane: Lane) -> None:
+    _tabled(lane, flags=TABLE | NEXT, after=1)
 
 
 @_case("indirect-loop", "A table that turns in a circle does no harm.", INDIRECT)

@@ -16,6 +16,7 @@ from vhostuser.conformance.bench import Need
 from vhostuser.conformance.lane import Lane
 from vhostuser.conformance.peer import Peer
 from vhostuser.conformance.suite import Theme, Violation, check, equal
+from vhostuser.drivers.blk import BlkRequest
 from vhostuser.frontend import InflightBuffer
 from vhostuser.protocol import (
     DeviceStateTransfer,
@@ -239,6 +240,19 @@ async def _(peer: Peer) -> None:
     await lane.used_to(2)
     await lane.stays_at(2)
     equal("the head returned", lane.raw.used_entry(1)[0], 0)
+
+
+@CASES.should("order", "What was in flight is done again in the order in which it was taken.", SHMFD, DISK)
+async def _(peer: Peer) -> None:
+    lane, buffer = await _set_up(peer)
+    for slot, first in enumerate((0, 8)):
+        at = lane.buffers(BlkRequest.get_id(), slot)
+        lane.describe((at.header, 16, False), (at.data, 20, True), (at.status, 1, True), first=first)
+    lane.push(8, 0)
+    _crashed(buffer, Entry(0, 2), Entry(8, 1))
+    await _recovers(peer, lane, buffer)
+    await lane.used_to(2)
+    equal("the heads returned", [lane.raw.used_entry(n)[0] for n in range(2)], [8, 0])
 
 
 @CASES.must(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 
 from vhostuser.conformance.bench import Need
-from vhostuser.conformance.lane import DEPTH
-from vhostuser.conformance.peer import MIB, Peer
+from vhostuser.conformance.lane import DEPTH, Lane
+from vhostuser.conformance.peer import MIB, PLAIN, Peer
 from vhostuser.conformance.suite import Theme, check, equal
 from vhostuser.driverqueue import Descriptor
 from vhostuser.drivers.blk import SECTOR, BlkRequest, BlkStatus, BlkType
@@ -15,6 +16,8 @@ from vhostuser.protocol import VirtioFeature
 V = VirtioFeature
 SPLIT: Theme[Peer] = Theme("split", "Split Virtqueues")
 BLK: Theme[Peer] = Theme("blk", "Block Device: Device Operation")
+DISCARD, WRITE_ZEROES = 13, 14
+"""Feature bits of a disk."""
 RINGS, DISK, WRITABLE = Need.RINGS, Need.BLK, Need.WRITABLE
 INDIRECT, EVENT_IDX = V.RING_INDIRECT_DESC, V.RING_EVENT_IDX
 TABLE = 5 * MIB
@@ -185,6 +188,13 @@ async def _(peer: Peer) -> None:
     equal("the data on both sides", memory.read(4 * MIB - 100, 512), memory.read(buffers.data, 512))
 
 
+@SPLIT.should(
+    "empty-buffer", "A buffer of no bytes is passed over: it is not forbidden, and some drivers send it.", DISK
+)
+async def _(peer: Peer) -> None:
+    await _parts(peer, [HEADER, ("data", 0, 512, True), ("data", 512, 0, True), STATUS])
+
+
 # ---- indirect tables
 
 
@@ -252,6 +262,69 @@ async def _(peer: Peer) -> None:
     (answer,) = await lane.works(BlkRequest.get_id())
     check(answer.length <= 21, "up to 20 bytes and the status", f"{answer.length} bytes")
     check(b"\xff" not in answer.data.split(b"\0")[0], "a zero behind the last character", answer.data.hex())
+
+
+@BLK.must(
+    "write-length", "What is read from the driver does not count as written: a write has its status alone.", WRITABLE
+)
+async def _(peer: Peer) -> None:
+    lane = await peer.lane()
+    (answer,) = await lane.works(BlkRequest.write(0, bytes(SECTOR)))
+    equal("the used length", answer.length, 1)
+
+
+async def _changing(peer: Peer, feature: int) -> Lane:
+    """A lane under a feature of the device: one that changes sectors without data."""
+    await peer.frontend.negotiate(PLAIN | 1 << feature)
+    await peer.share()
+    lane = peer.make_lane()
+    await lane.start()
+    return lane
+
+
+async def _between(peer: Peer, feature: int, request: BlkRequest) -> bytes:
+    """What is read of sectors 8 to 15, which were written and changed; those beside them must be as they were."""
+    lane = await _changing(peer, feature)
+    await lane.works(BlkRequest.write(7, b"\x5a" * 10 * SECTOR))
+    await lane.works(request)
+    (answer,) = await lane.works(BlkRequest.read(7, 10))
+    equal("the bytes beside", {*answer.data[:SECTOR], *answer.data[-SECTOR:]}, {0x5A})
+    return answer.data[SECTOR:-SECTOR]
+
+
+@BLK.must("write-zeroes", "Sectors of a WRITE_ZEROES read as zeros, and no others.", Need.WRITE_ZEROES)
+async def _(peer: Peer) -> None:
+    data = await _between(peer, WRITE_ZEROES, BlkRequest.write_zeroes((8, 4), (12, 4)))
+    check(not any(data), "zeros", "what was written before")
+
+
+@BLK.must("discard", "Sectors of a DISCARD may be anything, the others stay.", Need.DISCARD)
+async def _(peer: Peer) -> None:
+    await _between(peer, DISCARD, BlkRequest.discard((8, 4), (12, 4)))
+
+
+def _refuses(name: str, rule: str, feature: int, need: Need, request: BlkRequest, status: BlkStatus) -> None:
+    @BLK.must(name, rule, need)
+    async def _(peer: Peer) -> None:
+        lane = await _changing(peer, feature)
+        lane.offer(request)
+        lane.kick()
+        (answer,) = await lane.answers()
+        equal("the status", answer.status, int(status))
+
+
+_refuses(
+    "write-zeroes-beyond", "A WRITE_ZEROES beyond the end fails.",
+    WRITE_ZEROES, Need.WRITE_ZEROES, BlkRequest.write_zeroes((1 << 40, 8)), BlkStatus.IOERR,
+)  # fmt: skip
+_refuses(
+    "discard-beyond", "A DISCARD beyond the end fails.",
+    DISCARD, Need.DISCARD, BlkRequest.discard((1 << 40, 8)), BlkStatus.IOERR,
+)  # fmt: skip
+_refuses(
+    "discard-unmap", "A DISCARD with the flag of WRITE_ZEROES is not supported.",
+    DISCARD, Need.DISCARD, BlkRequest(BlkType.DISCARD, data=struct.pack("<QII", 8, 8, 1)), BlkStatus.UNSUPP,
+)  # fmt: skip
 
 
 async def _status(peer: Peer, request: BlkRequest) -> int:

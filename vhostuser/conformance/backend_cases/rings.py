@@ -217,6 +217,7 @@ async def _(peer: Peer) -> None:
     await lane.works()
     kick = peer.eventfd()
     await peer.frontend.set_vring_kick(lane.index, kick)
+    await asyncio.sleep(peer.quiet)  # until it does not look any more, as it may for a while after a request
     lane.offer()
     os.eventfd_write(kick, 1)
     await lane.served()
