@@ -294,13 +294,13 @@ async def _between(peer: Peer, feature: int, request: BlkRequest) -> bytes:
 
 @BLK.must("write-zeroes", "Sectors of a WRITE_ZEROES read as zeros, and no others.", Need.WRITE_ZEROES)
 async def _(peer: Peer) -> None:
-    data = await _between(peer, WRITE_ZEROES, BlkRequest.write_zeroes((8, 4), (12, 4)))
+    data = await _between(peer, WRITE_ZEROES, BlkRequest.write_zeroes((8, 8)))
     check(not any(data), "zeros", "what was written before")
 
 
 @BLK.must("discard", "Sectors of a DISCARD may be anything, the others stay.", Need.DISCARD)
 async def _(peer: Peer) -> None:
-    await _between(peer, DISCARD, BlkRequest.discard((8, 4), (12, 4)))
+    await _between(peer, DISCARD, BlkRequest.discard((8, 8)))
 
 
 def _refuses(name: str, rule: str, feature: int, need: Need, request: BlkRequest, status: BlkStatus) -> None:
