@@ -11,17 +11,19 @@ import contextlib
 import os
 import select
 import stat
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from vhostuser._native import lib
 from vhostuser.dataplane import DataThread, EngineRunner, LoopRunner, Runner
 from vhostuser.device import Device, Engine
 from vhostuser.memory import DirtyLog, GuestMemory
 from vhostuser.protocol import VHOST_VRING_F_LOG, QueueBroken, RequestRefused, VirtioFeature, VringAddress
 from vhostuser.uffd import TouchPool
 from vhostuser.virtqueue import DeviceQueue, InflightRegion, QueueStats, RingSetup
+
+lib.vu_event_open()
 
 _EVENTFD = Path("anon_inode:[eventfd]")
 
@@ -128,12 +130,12 @@ class Ring:
     def call(self) -> None:
         """Calls the driver, whatever it asked for; a call without a reason does no harm."""
         if self._calls:
-            _signal(self._call)
+            lib.vu_event_signal(self._call)
 
     def nudge(self) -> None:
         """Kicks the ring and, if it runs, calls the driver: for what somebody else may have taken from the eventfds."""
         if self.kick is not None and self.kick != POLLED:
-            _signal(self.kick)
+            lib.vu_event_signal(self.kick)
         if self.running:
             self.call()
 
@@ -148,7 +150,7 @@ class Ring:
     def signal_err(self) -> None:
         """Tells the front-end that the ring is broken."""
         if self._err >= 0:
-            _signal(self._err)
+            lib.vu_event_signal(self._err)
 
     # ---- start and stop
 
@@ -262,13 +264,6 @@ class Ring:
             "broken": str(self.broken) if self.broken else None,
             "obstacle": self.obstacle or None,
         }
-
-
-def _signal(fd: int) -> None:
-    # The front-end shares the flag and may have changed it, and this is the control thread.
-    with contextlib.suppress(OSError):
-        os.set_blocking(fd, False)
-        os.write(fd, (1).to_bytes(8, sys.byteorder))
 
 
 def _has_room(fd: int) -> bool:

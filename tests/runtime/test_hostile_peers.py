@@ -328,6 +328,33 @@ def block(ring: FrontendRing) -> None:
     os.set_blocking(ring.call_fd, True)
 
 
+@pytest.mark.parametrize("name", ["err", "call"])
+async def test_an_eventfd_that_is_made_to_block_again_at_once_does_not_hold_up_the_control_thread(
+    pairs: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Between our look and our write: whoever signals it waits for as long as the front-end likes."""
+    pair = pairs(Echo())
+    await pair.set_up()
+    await ask(pair, b"x")
+    assert await answer(pair) == b"X"
+    set_blocking = os.set_blocking
+    monkeypatch.setattr("os.set_blocking", lambda fd, _: set_blocking(fd, True))
+    fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(20)]
+    for fd in fds:
+        os.eventfd_write(fd, (1 << 64) - 2)
+    ring = pair.backend.connections[0].rings[0]
+    for fd in fds:
+        if name == "call":
+            await pair.frontend.request(F.SET_VRING_CALL, VringFd(0), (fd,))
+        else:
+            await pair.frontend.request(F.SET_VRING_ERR, VringFd(0), (fd,))
+            ring.signal_err()
+    await asyncio.wait_for(pair.frontend.get(F.GET_FEATURES), 5)
+    await pair.close()
+    for fd in fds:
+        os.close(fd)
+
+
 async def test_a_pipe_as_call_is_refused(pairs: Callable[..., Pair], pipe: tuple[int, int]) -> None:
     """Who waits for room in a pipe is at its reader's mercy."""
     pair = pairs(Echo())

@@ -188,6 +188,11 @@ void vu_queue_set_call(vu_queue *queue, int fd);
 /* The next signal is sent whatever the driver asked for: once after (re)start. */
 void vu_queue_force_signal(vu_queue *queue);
 
+/* Signals an eventfd of the front-end's without ever waiting, once vu_event_open has been called: 0 or VU_E_SYS. For
+ * threads that must not wait (event.c says why a write will not do). */
+int vu_event_open(void);
+int vu_event_signal(int fd);
+
 /* Copies, bounded by the chain: the number of bytes copied, or VU_E_FAULT. [touches] */
 int64_t vu_chain_read(vu_queue *queue, vu_chain *chain, uint64_t offset, void *to, uint64_t length);
 int64_t vu_chain_write(vu_queue *queue, vu_chain *chain, uint64_t offset, const void *from, uint64_t length);
