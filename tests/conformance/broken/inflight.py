@@ -37,18 +37,25 @@ def buffers_of_ones() -> None:
     _created(change)
 
 
+def _describes(change: Callable[[int], int]) -> None:
+    """Has the size of buffers told wrongly; taken back they are as large as their files."""
+
+    async def mapped(connection: Connection, request: Any, right: Any) -> None:
+        size = os.fstat(request.fds[0]).st_size
+        await right(connection, replace(request, payload=replace(request.payload, mmap_size=size)))
+
+    _created(lambda fd, size: (fd, change(size)))
+    handling(F.SET_INFLIGHT_FD, mapped)
+
+
 @fault("inflight.size")
 def small_buffers() -> None:
-    _created(lambda fd, size: (fd, 64))
+    _describes(lambda _: 64)
 
 
 @fault("inflight.in-file")
-def buffers_without_a_file() -> None:
-    def change(fd: int, size: int) -> tuple[int, int]:
-        os.truncate(fd, 0)
-        return fd, size
-
-    _created(change)
+def buffers_beyond_their_file() -> None:
+    _describes(lambda size: size + 4096)
 
 
 @fault("inflight.again")
