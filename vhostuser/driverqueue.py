@@ -30,7 +30,8 @@ _NS = 1_000_000_000
 class RingParts(NamedTuple):
     """Guest addresses of a ring's parts. tables: of its indirect tables, where it has some.
 
-    desc and tables are multiples of 16, avail of 2, used of 4; each part lies in one region.
+    desc and tables are multiples of 16, avail of 2, used of 4; each part lies in one region. Of a packed ring desc is
+    the ring, avail the driver area and used the device area, both multiples of 4.
     """
 
     desc: int
@@ -40,18 +41,26 @@ class RingParts(NamedTuple):
 
 
 class DriverQueue:
-    """A split ring seen from the driver, cleared when it is made.
+    """A ring seen from the driver, cleared when it is made.
 
     at: where it lies: the guest address (a multiple of 64) from which its parts follow each other, or RingParts. size:
-    entries, a power of two up to 32768. indirect: every chain takes one entry and may have up to 128 buffers. ``desc``,
-    ``avail``, ``used`` are guest addresses. Belongs to one thread at a time. Raises QueueBroken if it does not fit or
-    where the device returned nonsense, MemoryLost where memory is gone.
+    entries, up to 32768, of a split ring a power of two. indirect: every chain takes one entry and may have up to 128
+    buffers. packed: the packed format; what is called a head is then a buffer id. ``desc``, ``avail``, ``used`` are
+    guest addresses. Belongs to one thread at a time. Raises QueueBroken if it does not fit or where the device returned
+    nonsense, MemoryLost where memory is gone.
     """
 
     def __init__(
-        self, memory: GuestMemory, at: int | RingParts, size: int, *, event_idx: bool = False, indirect: bool = False
+        self,
+        memory: GuestMemory,
+        at: int | RingParts,
+        size: int,
+        *,
+        event_idx: bool = False,
+        indirect: bool = False,
+        packed: bool = False,
     ) -> None:
-        flags = _flags(event_idx, indirect)
+        flags = _flags(event_idx, indirect, packed)
         error = ffi.new("int *")
         if isinstance(at, RingParts):
             parts = ffi.new("struct vu_driver_parts *", at)
@@ -63,15 +72,21 @@ class DriverQueue:
         self.native = ffi.gc(native, lib.vu_driver_free)
         self.memory = memory
         self.size = size
+        self.packed = packed
         self.desc = int(lib.vu_driver_desc(native))
         self.avail = int(lib.vu_driver_avail(native))
         self.used = int(lib.vu_driver_used(native))
         self._returned = ffi.new("vu_returned[]", BATCH)
 
     @staticmethod
-    def bytes_needed(size: int, *, event_idx: bool = False, indirect: bool = False) -> int:
+    def bytes_needed(size: int, *, event_idx: bool = False, indirect: bool = False, packed: bool = False) -> int:
         """How many bytes of guest memory such a ring takes when its parts follow each other."""
-        return int(lib.vu_driver_bytes(size, _flags(event_idx, indirect)))
+        return int(lib.vu_driver_bytes(size, _flags(event_idx, indirect, packed)))
+
+    @property
+    def first_base(self) -> int:
+        """Where a device begins with this ring when it is new (SET_VRING_BASE)."""
+        return 0x8000_8000 if self.packed else 0
 
     def move(self, memory: GuestMemory) -> None:
         """Goes on in another memory that holds the same ring at the same guest addresses, as after a migration.
@@ -83,7 +98,7 @@ class DriverQueue:
 
     @property
     def raw(self) -> RawRing:
-        """The ring byte by byte, to write what no driver may."""
+        """A split ring byte by byte, to write what no driver may."""
         return RawRing(self.memory, self.size, self.desc, self.avail, self.used)
 
     # ---- offering; buffers are not judged, so that a device's judgement can be tried
@@ -252,8 +267,8 @@ class RawRing:
             raise LookupError(f"guest address {guest:#x}: {explain(code)}")
 
 
-def _flags(event_idx: bool, indirect: bool) -> int:
-    return event_idx * lib.VU_DRIVER_EVENT_IDX | indirect * lib.VU_DRIVER_INDIRECT
+def _flags(event_idx: bool, indirect: bool, packed: bool) -> int:
+    return event_idx * lib.VU_DRIVER_EVENT_IDX | indirect * lib.VU_DRIVER_INDIRECT | packed * lib.VU_DRIVER_PACKED
 
 
 def _checked(result: int) -> int:

@@ -43,9 +43,10 @@ _BYTES = ffi.typeof("char[]")
 class RingSetup:
     """Everything that opening a ring needs; nothing of it has been judged.
 
-    size: entries. desc, avail, used: user addresses, or guest addresses with ``guest_addresses``. base: the next
-    available index (SET_VRING_BASE). index: of the ring on its connection. features: the negotiated virtio bits. log:
-    the guest address at which writes to the used ring are logged, if ``log_used`` (VHOST_VRING_F_LOG).
+    size: entries. desc, avail, used: user addresses, or guest addresses with ``guest_addresses``; of a packed ring its
+    descriptors, the driver area and the device area. base: where to go on (SET_VRING_BASE). index: of the ring on its
+    connection. features: the negotiated virtio bits; RING_PACKED tells the format. log: the guest address at which
+    writes to the used ring are logged, if ``log_used`` (VHOST_VRING_F_LOG).
     """
 
     size: int
@@ -307,7 +308,8 @@ class DeviceQueue:
 
     @property
     def base(self) -> int:
-        """The next available index, for GET_VRING_BASE. Final when no request is out; survives ``close``."""
+        """The next available index (of a packed ring: both places), for GET_VRING_BASE. Final when no request is out;
+        survives ``close``."""
         return self._base if self._native is None else int(lib.vu_queue_base(self._native))
 
     def stats(self) -> QueueStats:
@@ -448,26 +450,29 @@ class InflightRegion:
         self.queue_size = queue_size
 
     @staticmethod
-    def create(queues: int, queue_size: int) -> tuple[int, int]:
+    def create(queues: int, queue_size: int, *, packed: bool = False) -> tuple[int, int]:
         """A fresh region for GET_INFLIGHT_FD: a memfd that the caller owns, and its size in bytes.
 
-        Raises RequestRefused for numbers that no device has.
+        packed: the format of the rings. Raises RequestRefused for numbers that no device has.
         """
         if not (1 <= queues <= 0xFFFF and 1 <= queue_size <= 32768):
             raise RequestRefused(f"in-flight region for {queues} queues of {queue_size} entries")
-        size = lib.vu_inflight_size(queues, max(queue_size, INFLIGHT_ROOM))
+        size = lib.vu_inflight_size(queues, max(queue_size, INFLIGHT_ROOM), packed)
         fd = os.memfd_create("inflight", os.MFD_CLOEXEC)
         os.truncate(fd, size)
         return fd, size
 
     @classmethod
-    def map(cls, fd: int, given: DescribedInflight) -> Self:
-        """Maps a region as SET_INFLIGHT_FD gives it; the caller keeps ``fd``. Raises RequestRefused."""
+    def map(cls, fd: int, given: DescribedInflight, *, packed: bool = False) -> Self:
+        """Maps a region as SET_INFLIGHT_FD gives it; the caller keeps ``fd``. Raises RequestRefused.
+
+        packed: the format of the rings; a ring of the other one cannot be opened with it.
+        """
         error = ffi.new("int *")
         entries = max(given.queue_size, INFLIGHT_ROOM)
-        if given.mmap_size != lib.vu_inflight_size(given.num_queues, entries):
+        if given.mmap_size != lib.vu_inflight_size(given.num_queues, entries, packed):
             entries = given.queue_size
-        native = lib.vu_inflight_map(fd, given.mmap_size, given.mmap_offset, given.num_queues, entries, error)
+        native = lib.vu_inflight_map(fd, given.mmap_size, given.mmap_offset, given.num_queues, entries, packed, error)
         if native == ffi.NULL:
             raise RequestRefused(
                 f"in-flight region of {given.mmap_size} bytes for {given.num_queues} queues of {given.queue_size} "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,17 +36,32 @@ def run(*command: str | Path) -> str:
 
 
 @pytest.fixture(scope="module", params=compilers(), ids=lambda path: Path(path).name)
-def rings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("native") / "rings"
-    sources = [ROOT / "tests/native/rings.c", *sorted(NATIVE.glob("*.c"))]
-    run(request.param, *STRICT, *SANITIZED, *sources, "-pthread", "-o", program)
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Builds a program of this directory; the native code is compiled once a compiler."""
+    directory = tmp_path_factory.mktemp("native")
+    command = [request.param, *STRICT, *SANITIZED]
+    objects = [directory / f"{source.stem}.o" for source in sorted(NATIVE.glob("*.c"))]
+    for source, compiled in zip(sorted(NATIVE.glob("*.c")), objects, strict=True):
+        run(*command, "-c", source, "-o", compiled)
+
+    @functools.cache
+    def program(name: str) -> Path:
+        run(*command, ROOT / f"tests/native/{name}.c", *objects, "-pthread", "-o", directory / name)
+        return directory / name
+
     return program
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_no_ring_makes_the_native_code_leave_its_memory(rings: Path, seed: int) -> None:
-    """To look further: tests/native/rings.c, any seed, any number of rounds."""
-    assert run(rings, str(seed), str(ROUNDS)) == "ok\n"
+@pytest.mark.parametrize("name", ["rings", "packed"])
+def test_no_ring_makes_the_native_code_leave_its_memory(build: Callable[[str], Path], name: str, seed: int) -> None:
+    """To look further: tests/native/rings.c and packed.c, any seed, any number of rounds."""
+    assert run(build(name), str(seed), str(ROUNDS)) == "ok\n"
+
+
+def test_the_two_sides_of_a_ring_never_miss_each_other(build: Callable[[str], Path]) -> None:
+    """To look further: tests/native/meetings.c, any number of rounds."""
+    assert run(build("meetings"), "1", "10000") == "ok\n"
 
 
 @pytest.fixture(scope="module", params=["thread", "address,undefined"])

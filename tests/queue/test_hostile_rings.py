@@ -10,7 +10,7 @@ import pytest
 from tests.queue.guest import EVENT_IDX, INDIRECT, INDIRECT_DESC, NEXT, USER, WRITE, Guest, Ring, descriptor
 from vhostuser._native import lib
 from vhostuser.memory import DirtyLog, GuestMemory, MemoryLost, Region, explain
-from vhostuser.protocol import MemoryRegion, QueueBroken, VirtioFeature
+from vhostuser.protocol import MemoryRegion, QueueBroken
 from vhostuser.virtqueue import DeviceQueue, RingSetup
 
 DATA, TABLE = 0x8000, 0x9000
@@ -282,7 +282,6 @@ SETUPS: dict[str, tuple[dict[str, int], int]] = {
     "size 3": ({"size": 3}, lib.VU_E_SIZE),
     "size 65536": ({"size": 65536}, lib.VU_E_SIZE),
     "size 2^31": ({"size": 1 << 31}, lib.VU_E_SIZE),
-    "packed": ({"features": 1 << VirtioFeature.RING_PACKED}, lib.VU_E_SIZE),
     "descriptors at an odd place": ({"desc": 8}, lib.VU_E_ALIGN),
     "available ring at an odd place": ({"avail": 1}, lib.VU_E_ALIGN),
     "used ring at an odd place": ({"used": 2}, lib.VU_E_ALIGN),

@@ -97,7 +97,7 @@ typedef struct {
  * to go on. */
 int vu_log_take(vu_log *log, uint64_t *page, vu_range *ranges, uint32_t max);
 
-/* ---- device side of a ring (queue.c whatever the format, split.c) -------------------------------- */
+/* ---- device side of a ring (queue.c whatever the format, split.c, packed.c) ------------------------------- */
 
 typedef struct vu_queue vu_queue;
 typedef struct vu_inflight vu_inflight; /* the mapped in-flight region; reference counted */
@@ -105,16 +105,16 @@ typedef struct vu_touch vu_touch;       /* the pool of touch threads, see below 
 
 #define VU_RING_EVENT_IDX 1
 #define VU_RING_INDIRECT 2
-#define VU_RING_PACKED 4      /* not served: refused with VU_E_SIZE */
+#define VU_RING_PACKED 4      /* the packed format: desc is the ring, avail the driver area, used the device area */
 #define VU_RING_LOG_USED 8    /* VHOST_VRING_F_LOG: mark used ring writes at log_addr */
 #define VU_RING_GUEST_ADDR 16 /* desc, avail, used are guest addresses, not user addresses */
 
 struct vu_ring {
-    uint32_t size;  /* split: a power of two, 1 to 32768 */
+    uint32_t size;  /* 1 to 32768; split: a power of two */
     uint32_t flags; /* VU_RING_ */
     uint64_t desc, avail, used;
-    uint64_t log_addr; /* guest address at which writes to the used ring are logged */
-    uint32_t base;     /* as in SET_VRING_BASE */
+    uint64_t log_addr; /* guest address at which writes to the used ring are logged; packed: found by itself */
+    uint32_t base;     /* as in SET_VRING_BASE; packed: with or without the used half */
     uint32_t index;    /* of the ring on its connection: selects its part of the in-flight region */
 };
 
@@ -144,7 +144,7 @@ typedef struct vu_chain {
 vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_inflight *inflight, int *error);
 /* Frees; chains still out become invalid. */
 void vu_queue_free(vu_queue *queue);
-/* For GET_VRING_BASE: the next available index. Only when no chain is out, else chains in flight are lost; with an
+/* For GET_VRING_BASE: the next available index; packed: both places. Only when no chain is out, else chains in flight are lost; with an
  * in-flight region they are not, it names them and they come again (and then decide where to go on, not the base). */
 uint32_t vu_queue_base(const vu_queue *queue);
 uint32_t vu_queue_out(const vu_queue *queue); /* chains popped and not yet pushed */
@@ -206,13 +206,14 @@ struct vu_peek {
 };
 void vu_chain_peek(vu_queue *queue, vu_chain *const *chains, uint32_t count, struct vu_peek *peeks); /* [touches] */
 
-/* In-flight region (split): bytes for that many queues; all zero is a fresh one. The caller keeps fd. */
-uint64_t vu_inflight_size(uint32_t queues, uint32_t queue_size);
-vu_inflight *vu_inflight_map(int fd, uint64_t size, uint64_t offset, uint32_t queues, uint32_t queue_size, int *error);
+/* In-flight region: bytes for that many queues of one format; all zero is a fresh one. The caller keeps fd. */
+uint64_t vu_inflight_size(uint32_t queues, uint32_t queue_size, int packed);
+vu_inflight *vu_inflight_map(int fd, uint64_t size, uint64_t offset, uint32_t queues, uint32_t queue_size, int packed,
+                             int *error);
 void vu_inflight_get(vu_inflight *inflight);
 void vu_inflight_put(vu_inflight *inflight);
 
-/* ---- driver side of a ring, for front-ends, tests and measurements (driver.c) ------------------------- */
+/* ---- driver side of a ring, for front-ends, tests and measurements (driver.c, driver_split.c, driver_packed.c) ---- */
 
 typedef struct vu_driver vu_driver;
 
@@ -224,17 +225,18 @@ typedef struct {
 
 #define VU_DRIVER_EVENT_IDX 1
 #define VU_DRIVER_INDIRECT 2 /* put each chain into an indirect table of its own */
+#define VU_DRIVER_PACKED 4   /* the packed format */
 #define VU_DRIVER_TABLE 128  /* entries of each such table: the longest chain */
 
 struct vu_driver_parts { /* guest addresses */
-    uint64_t desc, avail, used;
+    uint64_t desc, avail, used; /* packed: the ring, the driver area, the device area */
     uint64_t tables; /* of all indirect tables, with VU_DRIVER_INDIRECT */
 };
 typedef struct {
-    uint32_t head, length; /* bytes that the device says it wrote */
+    uint32_t head, length; /* head; packed: buffer id. bytes that the device says it wrote */
 } vu_returned;
 
-/* A split ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches]
+/* A ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches]
  * */
 vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags, int *error);
 /* The same with each part where the caller wants it: aligned as the specification asks, each in one region. [touches]

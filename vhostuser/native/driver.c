@@ -1,9 +1,9 @@
 /*
- * The driver side of a split ring (virtio 1.2, 2.7), for front-ends, tests and measurements.
+ * The driver side of a ring, whatever its format, for front-ends, tests and measurements.
  *
- * What belongs here: what a guest's virtio driver does with a ring, and the check of what a device returns. What does not:
- * which buffers to offer, and rings that no driver would write (driverqueue.RawRing). The device is a peer like any other:
- * everything it writes is loaded once and judged.
+ * What belongs here: where the parts lie, which chains are out, the check of what a device returns, waiting. What does not:
+ * how a chain is written and returned (driver_split.c, driver_packed.c), which buffers to offer, and rings that no driver
+ * would write (driverqueue.RawRing). The device is a peer like any other: everything it writes is loaded once and judged.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -14,29 +14,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "queue.h"
+#include "driver.h"
 
 #define PART_ALIGN 64 /* the parts do not share a cache line */
-
-struct vu_driver {
-    vu_map *map;
-    uint32_t size, flags, mask;
-    struct vu_driver_parts at;
-    struct vu_desc *desc;
-    struct vu_avail *avail;
-    struct vu_used *used;
-    struct vu_desc *tables; /* [size][VU_DRIVER_TABLE], NULL without VU_DRIVER_INDIRECT */
-    uint32_t free_count;    /* descriptors */
-    uint16_t free_head;
-    uint16_t added;     /* available index with what was added */
-    uint16_t published; /* the index that the device sees */
-    uint16_t taken;     /* used index up to which we have looked */
-    struct offer {
-        uint16_t next;        /* of the free list, or of the chain */
-        uint16_t descriptors; /* of the chain that starts here; 0: none does */
-        uint64_t writable;    /* bytes */
-    } offers[];
-};
 
 static uint64_t align(uint64_t value)
 {
@@ -48,58 +28,50 @@ static uint64_t table_bytes(uint32_t size)
     return size * vu_desc_bytes(VU_DRIVER_TABLE);
 }
 
+static const struct vu_driver_format *format_of(uint32_t flags)
+{
+    return flags & VU_DRIVER_PACKED ? &vu_driver_packed : &vu_driver_split;
+}
+
 /* One part behind the other. A sum that wraps lies outside of every map. */
-static struct vu_driver_parts row(uint64_t at, uint32_t size)
+static struct vu_driver_parts row(uint64_t at, uint32_t size, const struct vu_driver_format *format)
 {
     struct vu_driver_parts parts = {.desc = at};
     parts.avail = parts.desc + align(vu_desc_bytes(size));
-    parts.used = parts.avail + align(vu_avail_bytes(size));
-    parts.tables = parts.used + align(vu_used_bytes(size));
+    parts.used = parts.avail + align(format->avail_bytes(size));
+    parts.tables = parts.used + align(format->used_bytes(size));
     return parts;
 }
 
 uint64_t vu_driver_bytes(uint32_t size, uint32_t flags)
 {
-    return row(0, size).tables + (flags & VU_DRIVER_INDIRECT ? table_bytes(size) : 0);
-}
-
-static uint16_t *used_event(const vu_driver *driver)
-{
-    return &driver->avail->ring[driver->size];
-}
-
-static uint16_t *avail_event(const vu_driver *driver)
-{
-    return (uint16_t *)&driver->used->ring[driver->size];
+    return row(0, size, format_of(flags)).tables + (flags & VU_DRIVER_INDIRECT ? table_bytes(size) : 0);
 }
 
 /* ---- life ---------------------------------------------------------------------------------------------- */
 
-static int find(vu_map *map, uint64_t guest, uint64_t bytes, uint64_t alignment, void *host)
+static int find(vu_map *map, uint64_t guest, uint64_t bytes, uint64_t alignment, void **host)
 {
-    uint8_t *at = bytes > UINT64_MAX - guest ? NULL : vu_map_guest(map, guest, bytes);
-    memcpy(host, &at, sizeof at);
-    return !at ? VU_E_RANGE : guest % alignment || (uintptr_t)at % alignment ? VU_E_ALIGN : 0;
+    *host = bytes > UINT64_MAX - guest ? NULL : vu_map_guest(map, guest, bytes);
+    return !*host ? VU_E_RANGE : guest % alignment || (uintptr_t)*host % alignment ? VU_E_ALIGN : 0;
 }
 
 /* The parts as pointers into `map`; the driver is changed only if all are there. */
 static int resolve(vu_driver *driver, vu_map *map)
 {
-    struct vu_desc *desc, *tables = NULL;
-    struct vu_avail *avail;
-    struct vu_used *used;
-    int code = find(map, driver->at.desc, vu_desc_bytes(driver->size), 16, &desc);
+    const struct vu_driver_format *format = driver->format;
+    uint32_t size = driver->size;
+    void *parts[3], *tables = NULL;
+    int code = find(map, driver->at.desc, vu_desc_bytes(size), 16, &parts[0]);
     if (!code)
-        code = find(map, driver->at.avail, vu_avail_bytes(driver->size), 2, &avail);
+        code = find(map, driver->at.avail, format->avail_bytes(size), format->avail_align, &parts[1]);
     if (!code)
-        code = find(map, driver->at.used, vu_used_bytes(driver->size), 4, &used);
+        code = find(map, driver->at.used, format->used_bytes(size), format->used_align, &parts[2]);
     if (!code && driver->flags & VU_DRIVER_INDIRECT)
-        code = find(map, driver->at.tables, table_bytes(driver->size), 16, &tables);
+        code = find(map, driver->at.tables, table_bytes(size), 16, &tables);
     if (code)
         return code;
-    driver->desc = desc;
-    driver->avail = avail;
-    driver->used = used;
+    memcpy(driver->parts, parts, sizeof parts);
     driver->tables = tables;
     return 0;
 }
@@ -109,16 +81,21 @@ static int clear(vu_driver *driver)
     struct vu_guard guard;
     if (VU_GUARD(&guard, driver->map))
         return VU_E_FAULT;
-    memset(driver->desc, 0, vu_desc_bytes(driver->size));
-    memset(driver->avail, 0, vu_avail_bytes(driver->size));
-    memset(driver->used, 0, vu_used_bytes(driver->size));
+    memset(driver->parts[0], 0, vu_desc_bytes(driver->size));
+    memset(driver->parts[1], 0, driver->format->avail_bytes(driver->size));
+    memset(driver->parts[2], 0, driver->format->used_bytes(driver->size));
     vu_guard_leave(&guard);
     return 0;
 }
 
+static bool is_size(uint32_t size, uint32_t flags)
+{
+    return size && size <= VU_RING_SIZE_MAX && (flags & VU_DRIVER_PACKED || !(size & (size - 1)));
+}
+
 vu_driver *vu_driver_place(vu_map *map, const struct vu_driver_parts *parts, uint32_t size, uint32_t flags, int *error)
 {
-    if (!size || size > VU_SPLIT_SIZE_MAX || size & (size - 1)) {
+    if (!is_size(size, flags)) {
         *error = VU_E_SIZE;
         return NULL;
     }
@@ -128,10 +105,12 @@ vu_driver *vu_driver_place(vu_map *map, const struct vu_driver_parts *parts, uin
         return NULL;
     }
     vu_map_get(driver->map = map);
+    driver->format = format_of(flags);
     driver->size = driver->free_count = size;
-    driver->mask = size - 1;
     driver->flags = flags;
     driver->at = *parts;
+    if (flags & VU_DRIVER_PACKED)
+        driver->packed.added.wrap = driver->packed.published.wrap = driver->packed.taken.wrap = true;
     for (uint32_t i = 0; i < size; i++)
         driver->offers[i].next = (uint16_t)(i + 1);
     *error = resolve(driver, map);
@@ -145,7 +124,7 @@ vu_driver *vu_driver_place(vu_map *map, const struct vu_driver_parts *parts, uin
 
 vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags, int *error)
 {
-    struct vu_driver_parts parts = row(at, size);
+    struct vu_driver_parts parts = row(at, size, format_of(flags));
     if (at % PART_ALIGN) {
         *error = VU_E_ALIGN;
         return NULL;
@@ -189,36 +168,6 @@ uint64_t vu_driver_used(const vu_driver *driver)
 
 /* ---- offering ------------------------------------------------------------------------------------------ */
 
-static struct vu_desc describe(const vu_buffer *buffer, bool last, uint16_t next)
-{
-    uint16_t flags = (uint16_t)((last ? 0 : VU_DESC_NEXT) | (buffer->writable ? VU_DESC_WRITE : 0));
-    return (struct vu_desc){buffer->guest, buffer->length, flags, last ? 0 : next};
-}
-
-/* Both write descriptors from the head of the free list on, and return what follows them there: they are taken off it when
- * all is written, for the memory may be gone halfway, and come back. */
-static uint16_t write_direct(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
-{
-    uint16_t index = driver->free_head;
-    for (uint32_t i = 0; i < count; i++) {
-        uint16_t next = driver->offers[index].next;
-        driver->desc[index] = describe(&buffers[i], i + 1 == count, next);
-        index = next;
-    }
-    return index;
-}
-
-static uint16_t write_indirect(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
-{
-    uint16_t head = driver->free_head;
-    struct vu_desc *table = driver->tables + (uint64_t)head * VU_DRIVER_TABLE;
-    for (uint32_t i = 0; i < count; i++)
-        table[i] = describe(&buffers[i], i + 1 == count, (uint16_t)(i + 1));
-    uint64_t guest = driver->at.tables + head * vu_desc_bytes(VU_DRIVER_TABLE);
-    driver->desc[head] = (struct vu_desc){guest, (uint32_t)vu_desc_bytes(count), VU_DESC_INDIRECT, 0};
-    return driver->offers[head].next;
-}
-
 int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
 {
     uint32_t wanted = driver->tables ? 1 : count;
@@ -227,19 +176,17 @@ int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count)
     struct vu_guard guard;
     if (VU_GUARD(&guard, driver->map))
         return VU_E_FAULT;
-    uint16_t head = driver->free_head;
-    uint16_t rest = driver->tables ? write_indirect(driver, buffers, count) : write_direct(driver, buffers, count);
-    vu_store16(&driver->avail->ring[driver->added & driver->mask], head);
+    uint32_t descriptors = driver->format->write(driver, buffers, count);
     vu_guard_leave(&guard);
-    driver->added++;
-    driver->free_head = rest;
-    driver->free_count -= wanted;
-    struct offer *offer = &driver->offers[head];
-    offer->descriptors = (uint16_t)wanted;
+    uint16_t id = driver->free_head;
+    struct vu_offer *offer = &driver->offers[id];
+    driver->format->added(driver, id, descriptors);
+    driver->free_count -= descriptors;
+    offer->descriptors = (uint16_t)descriptors;
     offer->writable = 0;
     for (uint32_t i = 0; i < count; i++)
         offer->writable += buffers[i].writable ? buffers[i].length : 0;
-    return head;
+    return id;
 }
 
 int vu_driver_add_many(vu_driver *driver, const vu_buffer *buffers, const uint32_t *counts, uint32_t chains, uint16_t *heads)
@@ -255,64 +202,50 @@ int vu_driver_add_many(vu_driver *driver, const vu_buffer *buffers, const uint32
 
 int vu_driver_publish(vu_driver *driver)
 {
-    uint16_t before = driver->published;
-    if (before == driver->added)
-        return 0;
     struct vu_guard guard;
     if (VU_GUARD(&guard, driver->map))
         return VU_E_FAULT;
-    vu_store16_release(&driver->avail->idx, driver->added);
-    driver->published = driver->added;
-    /* Pairs with the fence of the device's arm: our index is out before we look whether it sleeps. */
-    atomic_thread_fence(memory_order_seq_cst);
-    bool kick = driver->flags & VU_DRIVER_EVENT_IDX ? vu_passed(vu_load16(avail_event(driver)), driver->added, before)
-                                                    : !(vu_load16(&driver->used->flags) & VU_USED_NO_NOTIFY);
+    bool kick = driver->format->publish(driver);
     vu_guard_leave(&guard);
     return kick;
 }
 
 /* ---- taking back --------------------------------------------------------------------------------------- */
 
-static int reclaim(vu_driver *driver, uint32_t id, uint32_t length)
-{
-    if (id >= driver->size || !driver->offers[id].descriptors)
-        return VU_E_HEAD;
-    struct offer *offer = &driver->offers[id];
-    if (length > offer->writable)
-        return VU_E_SIZE;
-    /* The chain is still linked by `next` as it was taken off the free list. */
-    uint16_t last = (uint16_t)id;
-    for (uint32_t i = 1; i < offer->descriptors; i++)
-        last = driver->offers[last].next;
-    driver->offers[last].next = driver->free_head;
-    driver->free_head = (uint16_t)id;
-    driver->free_count += offer->descriptors;
-    offer->descriptors = 0;
-    return 1;
-}
-
-/* Loads the next used entry: 1, 0 if there is none, or a code. */
 static int look(vu_driver *driver, vu_returned *entry)
 {
     struct vu_guard guard;
     if (VU_GUARD(&guard, driver->map))
         return VU_E_FAULT;
-    uint16_t ahead = (uint16_t)(vu_load16_acquire(&driver->used->idx) - driver->taken);
-    const struct vu_used_entry *used = &driver->used->ring[driver->taken & driver->mask];
-    entry->head = __atomic_load_n(&used->id, __ATOMIC_RELAXED);
-    entry->length = __atomic_load_n(&used->len, __ATOMIC_RELAXED);
+    int found = driver->format->look(driver, entry);
     vu_guard_leave(&guard);
-    return ahead > driver->size ? VU_E_INDEX : ahead > 0;
+    return found;
+}
+
+static int reclaim(vu_driver *driver, uint32_t id, uint32_t length)
+{
+    if (id >= driver->size || !driver->offers[id].descriptors)
+        return VU_E_HEAD;
+    struct vu_offer *offer = &driver->offers[id];
+    if (length > offer->writable)
+        return VU_E_SIZE;
+    uint32_t descriptors = offer->descriptors;
+    /* Split: the chain is still linked by `next` as it was taken off the free list. */
+    uint16_t last = (uint16_t)id;
+    for (uint32_t i = 1; i < descriptors && !(driver->flags & VU_DRIVER_PACKED); i++)
+        last = driver->offers[last].next;
+    driver->offers[last].next = driver->free_head;
+    driver->free_head = (uint16_t)id;
+    driver->free_count += descriptors;
+    offer->descriptors = 0;
+    driver->format->taken(driver, descriptors);
+    return 1;
 }
 
 static int take(vu_driver *driver, vu_returned *returned)
 {
     int code = look(driver, returned);
-    if (code > 0)
-        code = reclaim(driver, returned->head, returned->length);
-    if (code > 0)
-        driver->taken++;
-    return code;
+    return code > 0 ? reclaim(driver, returned->head, returned->length) : code;
 }
 
 int vu_driver_take_many(vu_driver *driver, vu_returned *returned, uint32_t max)
@@ -336,19 +269,22 @@ int vu_driver_take(vu_driver *driver, uint16_t *head, uint32_t *length)
     return code;
 }
 
+static int used_some(vu_driver *driver)
+{
+    vu_returned entry;
+    int found = look(driver, &entry);
+    return found == VU_E_FAULT ? found : found != 0; /* nonsense is something to be told of, too */
+}
+
 int vu_driver_arm(vu_driver *driver)
 {
     struct vu_guard guard;
     if (VU_GUARD(&guard, driver->map))
         return VU_E_FAULT;
-    if (driver->flags & VU_DRIVER_EVENT_IDX)
-        vu_store16(used_event(driver), driver->taken);
-    else
-        vu_store16(&driver->avail->flags, 0);
+    driver->format->arm(driver);
     atomic_thread_fence(memory_order_seq_cst);
-    bool more = vu_load16_acquire(&driver->used->idx) != driver->taken;
     vu_guard_leave(&guard);
-    return more;
+    return used_some(driver);
 }
 
 int vu_driver_disarm(vu_driver *driver)
@@ -356,11 +292,7 @@ int vu_driver_disarm(vu_driver *driver)
     struct vu_guard guard;
     if (VU_GUARD(&guard, driver->map))
         return VU_E_FAULT;
-    /* With the event index: an event just behind what we took, which the device passes again only after a whole turn. */
-    if (driver->flags & VU_DRIVER_EVENT_IDX)
-        vu_store16(used_event(driver), (uint16_t)(driver->taken - 1));
-    else
-        vu_store16(&driver->avail->flags, VU_AVAIL_NO_INTERRUPT);
+    driver->format->disarm(driver);
     vu_guard_leave(&guard);
     return 0;
 }
@@ -374,16 +306,6 @@ static uint64_t now(void)
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
-}
-
-static int used_some(vu_driver *driver)
-{
-    struct vu_guard guard;
-    if (VU_GUARD(&guard, driver->map))
-        return VU_E_FAULT;
-    bool some = vu_load16_acquire(&driver->used->idx) != driver->taken;
-    vu_guard_leave(&guard);
-    return some;
 }
 
 /* Looks until `end`, at once until `spin`, then after naps that grow. */

@@ -118,5 +118,9 @@ int vu_engine_run(struct vu_engine *engine, const struct vu_engine_tasks *tasks,
             code = tasks->rest(run);
         look_for_stop(engine);
     }
-    return code < 0 ? code : vu_queue_broken(engine->queue);
+    code = code < 0 ? code : vu_queue_broken(engine->queue);
+    /* Whoever serves the ring next begins with a kick; a driver that was told to send none must hear otherwise. */
+    if (!code)
+        vu_queue_arm(engine->queue);
+    return code;
 }

@@ -1,60 +1,42 @@
 /*
  * The in-flight region: which chains were taken and not returned, kept by the front-end across a crash of ours.
  *
- * What belongs here: the layout of the split format (vhost-user specification, "Inflight I/O tracking") and its order of
- * writes. Alignment between queues is not specified; ours start at multiples of 64 bytes. The region is the front-end's:
- * its content is judged once, as a queue starts, and only written afterwards.
+ * What belongs here: the mapping, and where each queue's part is in it. What does not: the layout of such a part
+ * (inflight_split.c, inflight_packed.c). Alignment between queues is not specified; ours start at multiples of 64 bytes.
+ * The region is the front-end's: its content is judged once, as a queue starts, and only written afterwards.
  */
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "queue.h"
 
-#define VERSION 1
 #define QUEUE_ALIGN 64
-
-struct entry {
-    uint8_t inflight;
-    uint8_t padding[5];
-    uint16_t next;
-    uint64_t counter;
-};
-
-struct vu_inflight_split {
-    uint64_t features;
-    uint16_t version; /* 0: nobody has used it yet */
-    uint16_t desc_num;
-    uint16_t last_batch_head;
-    uint16_t used_idx;
-    struct entry entries[];
-};
-
-_Static_assert(sizeof(struct entry) == 16 && sizeof(struct vu_inflight_split) == 16, "layout of the specification");
 
 struct vu_inflight {
     _Atomic uint32_t references;
     uint32_t queues, queue_size;
+    bool packed;
     struct vu_mapping mapping;
 };
 
-static uint64_t stride(uint32_t queue_size)
+static uint64_t stride(uint32_t queue_size, bool packed)
 {
-    uint64_t bytes = sizeof(struct vu_inflight_split) + queue_size * sizeof(struct entry);
+    uint64_t bytes = packed ? vu_inflight_packed_bytes(queue_size) : vu_inflight_split_bytes(queue_size);
     return (bytes + QUEUE_ALIGN - 1) / QUEUE_ALIGN * QUEUE_ALIGN;
 }
 
-uint64_t vu_inflight_size(uint32_t queues, uint32_t queue_size)
+uint64_t vu_inflight_size(uint32_t queues, uint32_t queue_size, int packed)
 {
-    return queues * stride(queue_size);
+    return queues * stride(queue_size, packed);
 }
 
-vu_inflight *vu_inflight_map(int fd, uint64_t size, uint64_t offset, uint32_t queues, uint32_t queue_size, int *error)
+vu_inflight *vu_inflight_map(int fd, uint64_t size, uint64_t offset, uint32_t queues, uint32_t queue_size, int packed,
+                             int *error)
 {
     *error = 0;
-    if (!queues || queues > UINT16_MAX || !queue_size || queue_size > VU_SPLIT_SIZE_MAX)
+    if (!queues || queues > UINT16_MAX || !queue_size || queue_size > VU_RING_SIZE_MAX)
         *error = VU_E_SIZE;
-    else if (size < vu_inflight_size(queues, queue_size))
+    else if (size < vu_inflight_size(queues, queue_size, packed))
         *error = VU_E_SHORT;
     else if (offset % _Alignof(uint64_t))
         *error = VU_E_ALIGN;
@@ -73,6 +55,7 @@ vu_inflight *vu_inflight_map(int fd, uint64_t size, uint64_t offset, uint32_t qu
     atomic_init(&inflight->references, 1);
     inflight->queues = queues;
     inflight->queue_size = queue_size;
+    inflight->packed = packed;
     return inflight;
 }
 
@@ -94,15 +77,20 @@ struct vu_span vu_inflight_span(const vu_inflight *inflight)
     return inflight->mapping.span;
 }
 
-int vu_inflight_attach(const vu_inflight *inflight, uint32_t index, uint32_t size, struct vu_inflight_queue *queue)
+int vu_inflight_attach(const vu_inflight *inflight, uint32_t index, uint32_t size, bool packed,
+                       struct vu_inflight_queue *queue)
 {
-    if (index >= inflight->queues || size > inflight->queue_size)
+    if (index >= inflight->queues || size > inflight->queue_size || packed != inflight->packed)
         return VU_E_INFLIGHT;
-    queue->split = (struct vu_inflight_split *)(inflight->mapping.at + index * stride(inflight->queue_size));
-    return 0;
+    uint8_t *at = inflight->mapping.at + index * stride(inflight->queue_size, packed);
+    if (!packed) {
+        queue->split = (struct vu_inflight_split *)at;
+        return 0;
+    }
+    queue->packed = (struct vu_inflight_packed *)at;
+    queue->next = calloc(size, sizeof *queue->next);
+    return queue->next ? 0 : VU_E_NOMEM;
 }
-
-/* ---- recovery ------------------------------------------------------------------------------------------ */
 
 static int compare_taken(const void *left, const void *right)
 {
@@ -112,98 +100,7 @@ static int compare_taken(const void *left, const void *right)
     return (a->head > b->head) - (a->head < b->head);
 }
 
-static uint32_t list_taken(const struct vu_inflight_split *split, uint32_t size, struct vu_taken *taken)
+void vu_inflight_sort(struct vu_taken *taken, uint32_t count)
 {
-    uint32_t count = 0;
-    for (uint32_t head = 0; head < size; head++) {
-        const struct entry *entry = &split->entries[head];
-        if (__atomic_load_n(&entry->inflight, __ATOMIC_RELAXED))
-            taken[count++] = (struct vu_taken){__atomic_load_n(&entry->counter, __ATOMIC_RELAXED), (uint16_t)head};
-    }
-    return count;
-}
-
-/* The used index moved on and we died before saying so: the last batch, which may be longer than one, was returned.
- * Its list starts at last_batch_head; an entry of it may have been finished already. */
-static int finish_batch(struct vu_inflight_queue *queue, uint32_t size, uint16_t returned)
-{
-    if (returned > size)
-        return VU_E_INFLIGHT;
-    uint16_t head = vu_load16(&queue->split->last_batch_head);
-    for (; returned; returned--) {
-        if (head >= size)
-            return VU_E_INFLIGHT;
-        vu_inflight_finish(queue, head);
-        head = vu_load16(&queue->split->entries[head].next);
-    }
-    return 0;
-}
-
-static int recover_taken(struct vu_inflight_queue *queue, uint32_t size, uint16_t used, struct vu_taken *taken,
-                         uint32_t *count)
-{
-    struct vu_inflight_split *split = queue->split;
-    /* Nothing in flight: whatever else the region says (a ring that the guest has set up anew, say) is of no interest. */
-    *count = list_taken(split, size, taken);
-    if (!*count)
-        return 0;
-    if (vu_load16(&split->desc_num) != size)
-        return VU_E_INFLIGHT;
-    int code = finish_batch(queue, size, (uint16_t)(used - vu_load16(&split->used_idx)));
-    if (code)
-        return code;
-    *count = list_taken(split, size, taken);
-    qsort(taken, *count, sizeof *taken, compare_taken);
-    if (*count)
-        queue->counter = taken[*count - 1].counter + 1;
-    return 0;
-}
-
-int vu_inflight_recover(struct vu_inflight_queue *queue, uint32_t size, uint16_t used, struct vu_taken *taken,
-                        uint32_t *count)
-{
-    struct vu_inflight_split *split = queue->split;
-    uint16_t version = vu_load16(&split->version);
-    if (version > VERSION)
-        return VU_E_INFLIGHT;
-    /* A fresh region may come with a ring that is not: after a migration its used index is anything, and does not tell
-     * of chains that somebody returned. */
-    *count = 0;
-    int code = version ? recover_taken(queue, size, used, taken, count) : 0;
-    if (code)
-        return code;
-    for (uint32_t head = 0; !version && head < size; head++)
-        vu_inflight_finish(queue, (uint16_t)head);
-    /* The index goes before the list: a crash in between leaves no difference for which the list would be walked. */
-    vu_inflight_seal(queue, used);
-    vu_store16_release(&split->last_batch_head, queue->last_batch);
-    vu_store16_release(&split->desc_num, (uint16_t)size);
-    vu_store16_release(&split->version, VERSION);
-    return 0;
-}
-
-/* ---- while the ring runs ------------------------------------------------------------------------------- */
-
-void vu_inflight_take(struct vu_inflight_queue *queue, uint16_t head)
-{
-    struct entry *entry = &queue->split->entries[head];
-    __atomic_store_n(&entry->counter, queue->counter++, __ATOMIC_RELAXED);
-    __atomic_store_n(&entry->inflight, 1, __ATOMIC_RELEASE);
-}
-
-void vu_inflight_link(struct vu_inflight_queue *queue, uint16_t head)
-{
-    vu_store16(&queue->split->entries[head].next, queue->last_batch);
-    queue->last_batch = head;
-    vu_store16_release(&queue->split->last_batch_head, head);
-}
-
-void vu_inflight_finish(struct vu_inflight_queue *queue, uint16_t head)
-{
-    __atomic_store_n(&queue->split->entries[head].inflight, 0, __ATOMIC_RELEASE);
-}
-
-void vu_inflight_seal(struct vu_inflight_queue *queue, uint16_t used)
-{
-    vu_store16_release(&queue->split->used_idx, used);
+    qsort(taken, count, sizeof *taken, compare_taken);
 }

@@ -2,7 +2,7 @@
  * The device side of a queue, whatever the format of its ring: its life, the pool of chains, the guard around every
  * touch, copies in and out of chains, calls.
  *
- * What belongs here: what packed rings will need as well. What does not: descriptors and indexes (split.c).
+ * What belongs here: what every format needs. What does not: descriptors and indexes (split.c, packed.c).
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -23,11 +23,11 @@
 
 static int open_queue(vu_queue *queue, const struct vu_ring *ring, vu_inflight *inflight)
 {
-    if (ring->flags & VU_RING_PACKED || !ring->size || ring->size > VU_SPLIT_SIZE_MAX || ring->size & (ring->size - 1))
+    if (!ring->size || ring->size > VU_RING_SIZE_MAX)
         return VU_E_SIZE;
-    int code = vu_split_setup(queue, ring);
+    int code = queue->format->setup(queue, ring);
     if (!code && inflight)
-        code = vu_inflight_attach(inflight, ring->index, ring->size, &queue->inflight);
+        code = vu_inflight_attach(inflight, ring->index, ring->size, ring->flags & VU_RING_PACKED, &queue->inflight);
     if (!code)
         code = vu_guard_install();
     if (code)
@@ -56,8 +56,8 @@ vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_
     }
     queue->size = ring->size;
     queue->flags = ring->flags;
+    queue->format = ring->flags & VU_RING_PACKED ? &vu_packed : &vu_split;
     queue->log_addr = ring->log_addr;
-    atomic_init(&queue->next_avail, (uint16_t)ring->base);
     atomic_init(&queue->call, -1);
     *error = open_queue(queue, ring, inflight);
     if (!*error)
@@ -75,8 +75,11 @@ void vu_queue_free(vu_queue *queue)
     for (uint32_t i = 0; queue->slots && i < queue->size; i++)
         if (queue->slots[i].capacity > VU_SLOT_SEGMENTS)
             free(queue->slots[i].chain.segments);
+    if (queue->flags & VU_RING_PACKED)
+        free(queue->packed.free);
     free(queue->slots);
     free(queue->resubmit);
+    free(queue->inflight.next);
     free(queue->table);
     vu_inflight_put(queue->region);
     vu_log_put(queue->log);
@@ -84,11 +87,24 @@ void vu_queue_free(vu_queue *queue)
     free(queue);
 }
 
+int vu_queue_place(const vu_queue *queue, uint64_t address, uint64_t bytes, uint64_t alignment, void *host)
+{
+    if (address % alignment)
+        return VU_E_ALIGN;
+    if (bytes > UINT64_MAX - address)
+        return VU_E_OVERFLOW;
+    uint8_t *at = queue->flags & VU_RING_GUEST_ADDR ? vu_map_guest(queue->map, address, bytes)
+                                                     : vu_map_user(queue->map, address, bytes);
+    memcpy(host, &at, sizeof at);
+    /* A region's offset in its page can make our address less aligned than the front-end's. */
+    return !at ? VU_E_RANGE : (uintptr_t)at % alignment ? VU_E_ALIGN : 0;
+}
+
 /* ---- what others may ask --------------------------------------------------------------------------------- */
 
 uint32_t vu_queue_base(const vu_queue *queue)
 {
-    return atomic_load(&queue->next_avail);
+    return atomic_load(&queue->base);
 }
 
 uint32_t vu_queue_out(const vu_queue *queue)
@@ -128,9 +144,7 @@ void vu_queue_keep_touch(vu_queue *queue, vu_touch *touch)
 
 void vu_queue_spans(const vu_queue *queue, struct vu_span spans[3])
 {
-    spans[0] = (struct vu_span){(uintptr_t)queue->desc, vu_desc_bytes(queue->size)};
-    spans[1] = (struct vu_span){(uintptr_t)queue->avail, vu_avail_bytes(queue->size)};
-    spans[2] = (struct vu_span){(uintptr_t)queue->used, vu_used_bytes(queue->size)};
+    queue->format->spans(queue, spans);
 }
 
 struct vu_ahead **vu_queue_ahead(vu_queue *queue)
@@ -161,6 +175,21 @@ static vu_segment *outgrow(vu_queue *queue, struct vu_slot *slot)
     chain->segments = segments;
     slot->capacity = capacity;
     return segments;
+}
+
+void vu_slot_begin(struct vu_slot *slot, uint16_t head)
+{
+    vu_chain *chain = &slot->chain;
+    if (!slot->capacity) {
+        chain->segments = slot->few;
+        slot->capacity = VU_SLOT_SEGMENTS;
+    }
+    chain->head = head;
+    chain->descriptors = 0;
+    chain->readable_count = chain->writable_count = 0;
+    chain->readable = chain->writable = chain->written = chain->filled = 0;
+    chain->fault = 0;
+    chain->cookie = 0;
 }
 
 /* A zero-length descriptor is passed over: the specification does not forbid it, and drivers exist that send some. */
@@ -196,6 +225,8 @@ static void release(vu_queue *queue, vu_chain *chain)
         return;
     slot->out = false;
     atomic_store_explicit(&slot->since, 0, memory_order_relaxed);
+    if (queue->flags & VU_RING_PACKED)
+        queue->packed.free[queue->packed.free_count++] = (uint16_t)(slot - queue->slots);
     /* Whoever still holds the chain finds nothing to copy in it: its segments may be gone. */
     chain->readable_count = chain->writable_count = 0;
     chain->readable = chain->writable = 0;
@@ -223,7 +254,7 @@ static void count_returned(vu_queue *queue, vu_chain *const *chains, const uint3
     for (uint32_t i = 0; i < count; i++) {
         uint64_t ns = now - atomic_load_explicit(&((struct vu_slot *)chains[i])->since, memory_order_relaxed);
         readable += chains[i]->readable;
-        written += vu_least(lengths ? lengths[i] : chains[i]->filled, chains[i]->writable);
+        written += vu_chain_told(chains[i], lengths, i);
         served += ns;
         vu_add(VU_QUEUE_COUNTER(queue, histogram) + vu_bucket(ns), 1);
     }
@@ -302,9 +333,9 @@ static int pop_guarded(vu_queue *queue, vu_chain **chains, uint32_t max, volatil
 {
     struct vu_guard guard;
     ENTER(queue, guard, TAKING);
-    int code = queue->started ? 0 : vu_split_start(queue);
+    int code = queue->started ? 0 : queue->format->start(queue);
     if (!code)
-        code = vu_split_pop(queue, chains, max, done);
+        code = queue->format->pop(queue, chains, max, done);
     return leave(queue, &guard, TAKING, code);
 }
 
@@ -323,7 +354,7 @@ static int push_guarded(vu_queue *queue, vu_chain *const *chains, const uint32_t
 {
     struct vu_guard guard;
     ENTER(queue, guard, RETURNING);
-    return leave(queue, &guard, RETURNING, vu_split_push(queue, chains, lengths, count));
+    return leave(queue, &guard, RETURNING, queue->format->push(queue, chains, lengths, count));
 }
 
 int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
@@ -341,22 +372,22 @@ int vu_queue_arm(vu_queue *queue)
 {
     struct vu_guard guard;
     ENTER(queue, guard, TAKING);
-    int code = queue->started ? 0 : vu_split_start(queue);
-    return leave(queue, &guard, TAKING, code ? code : vu_split_arm(queue));
+    int code = queue->started ? 0 : queue->format->start(queue);
+    return leave(queue, &guard, TAKING, code ? code : queue->format->arm(queue));
 }
 
 int vu_queue_disarm(vu_queue *queue)
 {
     struct vu_guard guard;
     ENTER(queue, guard, TAKING);
-    return leave(queue, &guard, TAKING, vu_split_disarm(queue));
+    return leave(queue, &guard, TAKING, queue->format->disarm(queue));
 }
 
 static int wants_call(vu_queue *queue)
 {
     struct vu_guard guard;
     ENTER(queue, guard, RETURNING);
-    return leave(queue, &guard, RETURNING, vu_split_wants_call(queue));
+    return leave(queue, &guard, RETURNING, queue->format->wants_call(queue));
 }
 
 /* ---- calls --------------------------------------------------------------------------------------------- */

@@ -1,6 +1,7 @@
 /*
- * The inside of a device-side queue: what queue.c (every format: pool, guard, copies) and the formats of rings
- * (split.c) share, and what the split format shares with its in-flight region (inflight.c).
+ * The inside of a device-side queue: what queue.c (every format: pool, guard, copies), the formats of rings (split.c,
+ * packed.c), the tables of both (table.c) and their in-flight regions (inflight.c, inflight_split.c, inflight_packed.c)
+ * share.
  */
 #ifndef VHOSTUSER_QUEUE_H
 #define VHOSTUSER_QUEUE_H
@@ -9,9 +10,9 @@
 
 /* ---- guest memory, each value loaded once -------------------------------------------------------------------- */
 
-/* Everything in a split ring is little-endian: vhost-user peers share a machine, and this project supports
- * little-endian ones. */
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "split rings are read as little-endian");
+/* Everything in a ring is little-endian: vhost-user peers share a machine, and this project supports little-endian
+ * ones. */
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rings are read as little-endian");
 
 static inline uint16_t vu_load16(const uint16_t *at)
 {
@@ -40,7 +41,7 @@ static inline void vu_store16_release(uint16_t *at, uint16_t value)
 #define VU_DESC_INDIRECT 4
 #define VU_AVAIL_NO_INTERRUPT 1
 #define VU_USED_NO_NOTIFY 1
-#define VU_SPLIT_SIZE_MAX 32768
+#define VU_RING_SIZE_MAX 32768
 
 struct vu_desc {
     uint64_t addr;
@@ -84,24 +85,88 @@ static inline bool vu_passed(uint16_t event, uint16_t now, uint16_t before)
     return (uint16_t)(now - event - 1) < (uint16_t)(now - before);
 }
 
+/* ---- the packed ring in memory (virtio 1.2, 2.8) --------------------------------------------------------------- */
+
+#define VU_PACKED_AVAIL (1 << 7)
+#define VU_PACKED_USED (1 << 15)
+#define VU_EVENT_ENABLE 0
+#define VU_EVENT_DISABLE 1
+#define VU_EVENT_DESC 2
+
+struct vu_packed_desc {
+    uint64_t addr;
+    uint32_t len;
+    uint16_t id, flags;
+};
+
+struct vu_packed_event {
+    uint16_t at; /* bits 0 to 14: the place, bit 15: the wrap counter there */
+    uint16_t flags;
+};
+
+/* A place in a packed ring: the index and the wrap counter of who goes there. */
+struct vu_place {
+    uint16_t index;
+    bool wrap;
+};
+
+static inline uint16_t vu_place_word(struct vu_place place)
+{
+    return (uint16_t)(place.index | place.wrap << 15);
+}
+
+static inline struct vu_place vu_place_of(uint16_t word)
+{
+    return (struct vu_place){word & 0x7fff, word >> 15};
+}
+
+/* `count` is at most `size`. */
+static inline struct vu_place vu_place_after(struct vu_place place, uint32_t count, uint32_t size)
+{
+    uint32_t index = place.index + count;
+    bool turned = index >= size;
+    return (struct vu_place){(uint16_t)(turned ? index - size : index), place.wrap != turned};
+}
+
+/* How far it is from one place on to another, 0 to size - 1 within a turn, size if they differ in the turn alone. */
+static inline uint32_t vu_place_distance(struct vu_place from, struct vu_place to, uint32_t size)
+{
+    return from.wrap == to.wrap ? (uint32_t)(to.index - from.index) : (uint32_t)(to.index - from.index) + size;
+}
+
 /* ---- the in-flight region, one queue's part of it --------------------------------------------------------------- */
 
 struct vu_inflight_split; /* as laid out in the file */
+struct vu_inflight_packed;
+
+struct vu_slot;
 
 struct vu_inflight_queue {
-    struct vu_inflight_split *split; /* NULL without a region */
+    struct vu_inflight_split *split; /* NULL without a region, or in the other format */
+    struct vu_inflight_packed *packed;
     uint64_t counter;                /* the next one; they order the resubmission */
-    uint16_t last_batch;             /* what last_batch_head holds; never read back */
+    uint16_t last_batch;             /* split: what last_batch_head holds; never read back */
+    uint16_t free_head;              /* packed: what old_free_head holds; never read back */
+    uint16_t *next;                  /* packed: [size], what `next` of every entry holds; never read back */
 };
 
-/* 0, or VU_E_INFLIGHT when the region has no such queue. Touches nothing. */
-int vu_inflight_attach(const vu_inflight *inflight, uint32_t index, uint32_t size, struct vu_inflight_queue *queue);
+/* 0, VU_E_NOMEM, or VU_E_INFLIGHT when the region has no such queue. Touches nothing. */
+int vu_inflight_attach(const vu_inflight *inflight, uint32_t index, uint32_t size, bool packed,
+                       struct vu_inflight_queue *queue);
 struct vu_span vu_inflight_span(const vu_inflight *inflight);
+#define VU_INFLIGHT_VERSION 1
+/* Bytes of one queue's part, without what aligns the next. */
+uint64_t vu_inflight_split_bytes(uint32_t size);
+uint64_t vu_inflight_packed_bytes(uint32_t size);
 
 struct vu_taken {
     uint64_t counter;
-    uint16_t head;
+    uint16_t head; /* packed: the chain's entry */
+    uint16_t num;  /* packed: entries of the chain */
 };
+
+/* Puts them into the order in which they were taken. */
+void vu_inflight_sort(struct vu_taken *taken, uint32_t count);
 
 /* Reads the region once, as the queue starts. `taken` has room for `size`; *count of them were in flight, in the order in
  * which they were taken. 0 or VU_E_INFLIGHT. [touches] */
@@ -115,6 +180,26 @@ void vu_inflight_link(struct vu_inflight_queue *queue, uint16_t head);
 void vu_inflight_finish(struct vu_inflight_queue *queue, uint16_t head);
 void vu_inflight_seal(struct vu_inflight_queue *queue, uint16_t used);
 
+/* The packed format. */
+struct vu_packed_found {
+    struct vu_place used; /* where the ring goes on: as the base says, and then as the region does unless it is fresh */
+    uint32_t held;        /* places of the ring that chains in flight have; in and out as `used` */
+    uint32_t undone;      /* places that a batch which does not count may have been shown in, from `used` on */
+};
+/* As vu_inflight_recover; or VU_E_NOMEM. */
+int vu_inflight_packed_recover(struct vu_inflight_queue *queue, const struct vu_packed_desc *ring, uint32_t size,
+                               struct vu_taken *taken, struct vu_packed_found *found, uint32_t *count);
+/* The descriptor in an entry of a chain that was in flight; returns the next entry of the chain. */
+uint16_t vu_inflight_packed_load(const struct vu_inflight_queue *queue, uint16_t entry, uint64_t words[2]);
+/* Takes the `count` descriptors from place `first` on as one chain, and stores the slot's entry and last entry. */
+void vu_inflight_packed_take(struct vu_inflight_queue *queue, const struct vu_packed_desc *ring, uint32_t size,
+                             uint16_t first, uint16_t count, struct vu_slot *slot);
+/* As above: link each chain of a batch; move before the first shows in the ring; finish each after it has; seal. */
+void vu_inflight_packed_link(struct vu_inflight_queue *queue, const struct vu_slot *slot);
+void vu_inflight_packed_move(struct vu_inflight_queue *queue, struct vu_place used);
+void vu_inflight_packed_finish(struct vu_inflight_queue *queue, const struct vu_slot *slot);
+void vu_inflight_packed_seal(struct vu_inflight_queue *queue, struct vu_place used);
+
 /* ---- the queue -------------------------------------------------------------------------------------------------- */
 
 #define VU_SLOT_SEGMENTS 4
@@ -122,11 +207,13 @@ void vu_inflight_seal(struct vu_inflight_queue *queue, uint16_t used);
 #define VU_QUEUE_COUNTER(queue, name) \
     (&(queue)->counters[offsetof(struct vu_queue_stats, name) / sizeof(uint64_t)])
 
-/* Where a chain lives from pop to push: the slot of its head, so a head that is out already is seen at once. */
+/* Where a chain lives from pop to push. Split: the slot of its head, so a head that is out already is seen at once. */
 struct vu_slot {
     vu_chain chain; /* first: a chain's address is its slot's */
     struct vu_ahead_link link;
     uint32_t capacity; /* of chain.segments */
+    uint16_t entry;    /* packed: of the in-flight region */
+    uint16_t last;     /* packed: its last entry there */
     bool out;
     _Atomic uint64_t since; /* when it was popped, in nanoseconds; 0: it is not out */
     vu_segment few[VU_SLOT_SEGMENTS]; /* a block request of one page needs three */
@@ -136,7 +223,8 @@ struct vu_queue {
     /* Read by every call. */
     vu_map *map;
     vu_log *log;
-    uint32_t size; /* a power of two */
+    const struct vu_format *format;
+    uint32_t size; /* split: a power of two */
     uint32_t flags;
     _Atomic int broken; /* why nothing more is taken */
     int silenced;       /* why nothing more is returned either */
@@ -144,14 +232,29 @@ struct vu_queue {
     _Atomic bool forced; /* the next signal goes out whatever the driver asked for */
     bool started;        /* the ring's own indexes have been read */
     _Atomic uint16_t broken_head;
-    _Atomic uint16_t next_avail;
-    uint16_t used_index;     /* ours; what the ring says is never read back */
-    uint16_t signalled;      /* used_index at the last signal */
-    _Atomic uint64_t out;    /* chains popped and not pushed */
+    _Atomic uint32_t base;     /* as in GET_VRING_BASE; split: the next available index */
+    _Atomic uint64_t out;      /* chains popped and not pushed */
     _Atomic uint64_t counters[VU_QUEUE_COUNTERS]; /* in the order of struct vu_queue_stats */
-    const struct vu_desc *desc;
-    struct vu_avail *avail;
-    struct vu_used *used;
+    union {
+        struct {
+            const struct vu_desc *desc;
+            struct vu_avail *avail;
+            struct vu_used *used;
+            uint16_t used_index; /* ours; what the ring says is never read back */
+            uint16_t signalled;  /* used_index at the last signal */
+        };
+        struct {
+            struct vu_packed_desc *ring;
+            struct vu_packed_event *driver, *device; /* who writes it */
+            struct vu_place next_avail, next_used;
+            uint32_t held;       /* places of the ring popped and not returned */
+            uint32_t moved;      /* returned since the last signal, `size` at most */
+            uint64_t ring_guest; /* for the dirty log */
+            uint64_t device_guest;
+            uint16_t *free; /* [size] slots that no chain has */
+            uint32_t free_count;
+        } packed;
+    };
     struct vu_slot *slots; /* [size] */
     uint64_t large;        /* segments in arrays outside of slots */
     struct vu_inflight_queue inflight;
@@ -167,18 +270,65 @@ struct vu_queue {
     struct vu_ahead *ahead;
 };
 
+/* The host address of one part of the ring, aligned and wholly in one region, since a ring is an array to us: 0,
+ * VU_E_ALIGN, VU_E_OVERFLOW or VU_E_RANGE. */
+int vu_queue_place(const vu_queue *queue, uint64_t address, uint64_t bytes, uint64_t alignment, void *host);
+
+/* An empty chain in the slot. */
+void vu_slot_begin(struct vu_slot *slot, uint16_t head);
 /* Adds what one descriptor names to the chain of the slot: 0, VU_E_ORDER, _OVERFLOW, _RANGE, _SIZE or _NOMEM. */
 int vu_slot_add(vu_queue *queue, struct vu_slot *slot, const struct vu_desc *desc);
+/* What the driver is told of the i-th chain of a push, in bytes; without lengths, as far as it was filled. */
+static inline uint32_t vu_chain_told(const vu_chain *chain, const uint32_t *lengths, uint32_t i)
+{
+    uint64_t told = lengths ? lengths[i] : chain->filled;
+    return (uint32_t)(told < chain->writable ? told : chain->writable);
+}
+
 /* Marks what was written into the chain: at least `length` bytes, which are no more than it has room for. */
 int vu_chain_log(vu_queue *queue, const vu_chain *chain, uint64_t length);
 
-/* The split format. All but setup run inside a guard. `done` tells how far pop got when a fault cuts it off. */
-int vu_split_setup(vu_queue *queue, const struct vu_ring *ring);
-int vu_split_start(vu_queue *queue);
-int vu_split_pop(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32_t *done);
-int vu_split_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count);
-bool vu_split_wants_call(vu_queue *queue);
-int vu_split_arm(vu_queue *queue);
-int vu_split_disarm(vu_queue *queue);
+/* ---- tables of descriptors (table.c) ------------------------------------------------------------------------------- */
+
+/* Guest memory as 64-bit words, wherever an indirect table begins. */
+typedef uint64_t __attribute__((aligned(1), may_alias)) vu_word;
+
+struct vu_table {
+    const void *at;
+    uint32_t count;
+    bool indirect;
+};
+
+/* The two words of a descriptor. */
+static inline void vu_table_load(const void *table, uint32_t index, uint64_t words[2])
+{
+    const volatile vu_word *at = (const volatile vu_word *)((const uint8_t *)table + 16 * (uint64_t)index);
+    words[0] = at[0];
+    words[1] = at[1];
+}
+
+/* The longest indirect table that is accepted, in descriptors. */
+uint32_t vu_table_limit(const vu_queue *queue);
+/* Goes into the indirect table that a descriptor names, as it is in both formats. */
+int vu_table_enter(vu_queue *queue, const struct vu_desc *desc, struct vu_table *table);
+/* Where the table of a descriptor begins, to be fetched ahead: false if there is none that would be entered. */
+bool vu_table_span(const vu_queue *queue, const struct vu_desc *desc, struct vu_span *span);
+#define VU_TABLE_FETCH 64 /* how many indirect tables are fetched ahead in one go */
+
+/* ---- the formats ------------------------------------------------------------------------------------------------- */
+
+/* All but setup, free and spans run inside a guard. `done` tells how far pop got when a fault cuts it off. */
+struct vu_format {
+    int (*setup)(vu_queue *queue, const struct vu_ring *ring);
+    int (*start)(vu_queue *queue);
+    int (*pop)(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32_t *done);
+    int (*push)(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count);
+    bool (*wants_call)(vu_queue *queue);
+    int (*arm)(vu_queue *queue);
+    int (*disarm)(vu_queue *queue);
+    void (*spans)(const vu_queue *queue, struct vu_span spans[3]);
+};
+
+extern const struct vu_format vu_split, vu_packed;
 
 #endif

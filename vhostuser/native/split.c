@@ -1,20 +1,14 @@
 /*
  * The split ring as the device sees it (virtio 1.2, 2.7).
  *
- * What belongs here: descriptors, indirect tables, indexes, event suppression, and the order of writes. What does not:
- * where chains live and how memory is guarded (queue.c). Everything in guest memory is loaded once into a local
+ * What belongs here: descriptors, indexes, event suppression, and the order of writes. What does not: where chains live
+ * and how memory is guarded (queue.c), which tables are accepted (table.c). Everything in guest memory is loaded once into a local
  * variable and judged there: the driver may write while we look.
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "queue.h"
-
-/* A driver must not make a chain longer than the ring (2.7.5.3.1), but Linux sizes indirect tables by the device's
- * segment limit, not by the ring, and QEMU takes 1024 from any ring. */
-#define TABLE_MIN_LIMIT 1024
-/* How many indirect tables are fetched ahead in one go. */
-#define FETCH 64
 
 static uint16_t *used_event(const vu_queue *queue)
 {
@@ -28,27 +22,16 @@ static uint16_t *avail_event(const vu_queue *queue)
 
 /* ---- start --------------------------------------------------------------------------------------------- */
 
-/* One part of the ring: aligned (2.7, table), and wholly in one region, since a ring is an array to us. */
-static int place(vu_queue *queue, uint64_t address, uint64_t bytes, uint64_t alignment, void *host)
+static int setup(vu_queue *queue, const struct vu_ring *ring)
 {
-    if (address % alignment)
-        return VU_E_ALIGN;
-    if (bytes > UINT64_MAX - address)
-        return VU_E_OVERFLOW;
-    uint8_t *at = queue->flags & VU_RING_GUEST_ADDR ? vu_map_guest(queue->map, address, bytes)
-                                                     : vu_map_user(queue->map, address, bytes);
-    memcpy(host, &at, sizeof at);
-    /* A region's offset in its page can make our address less aligned than the front-end's. */
-    return !at ? VU_E_RANGE : (uintptr_t)at % alignment ? VU_E_ALIGN : 0;
-}
-
-int vu_split_setup(vu_queue *queue, const struct vu_ring *ring)
-{
-    int code = place(queue, ring->desc, vu_desc_bytes(ring->size), 16, &queue->desc);
+    if (ring->size & (ring->size - 1))
+        return VU_E_SIZE;
+    atomic_init(&queue->base, (uint16_t)ring->base);
+    int code = vu_queue_place(queue, ring->desc, vu_desc_bytes(ring->size), 16, &queue->desc);
     if (!code)
-        code = place(queue, ring->avail, vu_avail_bytes(ring->size), 2, &queue->avail);
+        code = vu_queue_place(queue, ring->avail, vu_avail_bytes(ring->size), 2, &queue->avail);
     if (!code)
-        code = place(queue, ring->used, vu_used_bytes(ring->size), 4, &queue->used);
+        code = vu_queue_place(queue, ring->used, vu_used_bytes(ring->size), 4, &queue->used);
     if (!code && ring->flags & VU_RING_LOG_USED && queue->log)
         code = vu_log_check(queue->log, ring->log_addr, vu_used_bytes(ring->size));
     return code;
@@ -56,7 +39,7 @@ int vu_split_setup(vu_queue *queue, const struct vu_ring *ring)
 
 /* The used index is the ring's: a guest that has reset the device begins again. With chains left in flight by a process
  * before us, the available index follows from it and not from the base, which the front-end can only guess then. */
-int vu_split_start(vu_queue *queue)
+static int start(vu_queue *queue)
 {
     queue->used_index = queue->signalled = vu_load16_acquire(&queue->used->idx);
     if (queue->inflight.split) {
@@ -65,7 +48,7 @@ int vu_split_start(vu_queue *queue)
         if (code)
             return code;
         if (queue->resubmit_count)
-            atomic_store(&queue->next_avail, (uint16_t)(queue->used_index + queue->resubmit_count));
+            atomic_store(&queue->base, (uint16_t)(queue->used_index + queue->resubmit_count));
     }
     queue->started = true;
     return 0;
@@ -73,80 +56,18 @@ int vu_split_start(vu_queue *queue)
 
 /* ---- one chain ----------------------------------------------------------------------------------------- */
 
-/* Guest memory as 64-bit words, wherever an indirect table begins. */
-typedef uint64_t __attribute__((aligned(1), may_alias)) word;
-
 static inline struct vu_desc load_desc(const void *table, uint32_t index)
 {
-    const volatile word *at = (const volatile word *)((const uint8_t *)table + 16 * (uint64_t)index);
-    uint64_t addr = at[0], rest = at[1];
-    return (struct vu_desc){addr, (uint32_t)rest, (uint16_t)(rest >> 32), (uint16_t)(rest >> 48)};
-}
-
-struct table {
-    const void *at;
-    uint32_t count;
-    bool indirect;
-};
-
-static uint32_t table_limit(const vu_queue *queue)
-{
-    return queue->size > TABLE_MIN_LIMIT ? queue->size : TABLE_MIN_LIMIT;
-}
-
-/* A table that lies in several regions is copied; one such copy is in use at a time, while its chain is parsed. */
-static int copy_table(vu_queue *queue, uint64_t guest, uint64_t bytes, struct table *table)
-{
-    if (!queue->table)
-        queue->table = malloc(vu_desc_bytes(table_limit(queue)));
-    if (!queue->table)
-        return VU_E_NOMEM;
-    uint64_t run;
-    for (uint8_t *to = (uint8_t *)queue->table; bytes; to += run, guest += run, bytes -= run) {
-        const uint8_t *host = vu_map_run(queue->map, guest, bytes, &run);
-        if (!host)
-            return VU_E_RANGE;
-        memcpy(to, host, run);
-    }
-    table->at = queue->table;
-    return 0;
-}
-
-/* 2.7.5.3: only if negotiated, never with NEXT, never nested; WRITE is ignored. Plain descriptors may come before it. */
-static int enter_table(vu_queue *queue, const struct vu_desc *desc, struct table *table)
-{
-    if (!(queue->flags & VU_RING_INDIRECT) || table->indirect || desc->flags & VU_DESC_NEXT || !desc->len || desc->len % 16)
-        return VU_E_INDIRECT;
-    if (desc->len / 16 > table_limit(queue))
-        return VU_E_SIZE;
-    if (desc->len > UINT64_MAX - desc->addr)
-        return VU_E_OVERFLOW;
-    table->count = desc->len / 16;
-    table->indirect = true;
-    table->at = vu_map_guest(queue->map, desc->addr, desc->len);
-    return table->at ? 0 : copy_table(queue, desc->addr, desc->len, table);
-}
-
-static void begin(struct vu_slot *slot, uint16_t head)
-{
-    vu_chain *chain = &slot->chain;
-    if (!slot->capacity) {
-        chain->segments = slot->few;
-        slot->capacity = VU_SLOT_SEGMENTS;
-    }
-    chain->head = head;
-    chain->descriptors = 0;
-    chain->readable_count = chain->writable_count = 0;
-    chain->readable = chain->writable = chain->written = chain->filled = 0;
-    chain->fault = 0;
-    chain->cookie = 0;
+    uint64_t words[2];
+    vu_table_load(table, index, words);
+    return (struct vu_desc){words[0], (uint32_t)words[1], (uint16_t)(words[1] >> 32), (uint16_t)(words[1] >> 48)};
 }
 
 static int parse(vu_queue *queue, struct vu_slot *slot, uint16_t head)
 {
-    struct table table = {queue->desc, queue->size, false};
+    struct vu_table table = {queue->desc, queue->size, false};
     uint32_t index = head, seen = 0;
-    begin(slot, head);
+    vu_slot_begin(slot, head);
     for (;;) {
         struct vu_desc desc = load_desc(table.at, index);
         if (!table.indirect)
@@ -154,7 +75,7 @@ static int parse(vu_queue *queue, struct vu_slot *slot, uint16_t head)
         if (++seen > table.count)
             return VU_E_LOOP;
         if (desc.flags & VU_DESC_INDIRECT) {
-            int code = enter_table(queue, &desc, &table);
+            int code = vu_table_enter(queue, &desc, &table);
             if (code)
                 return code;
             index = seen = 0;
@@ -202,29 +123,24 @@ static int pop_resubmitted(vu_queue *queue, vu_chain **chains, uint32_t max, vol
  * cannot be had is left to parsing, which says so. */
 static void fetch_tables(vu_queue *queue, uint16_t next, uint32_t count)
 {
-    struct vu_span spans[FETCH];
+    struct vu_span spans[VU_TABLE_FETCH];
     uint32_t found = 0;
-    for (uint32_t i = 0; i < count && found < FETCH; i++) {
+    for (uint32_t i = 0; i < count && found < VU_TABLE_FETCH; i++) {
         uint16_t head = vu_load16(&queue->avail->ring[(uint16_t)(next + i) & (queue->size - 1)]);
         if (head >= queue->size)
             return;
         struct vu_desc desc = load_desc(queue->desc, head);
-        uint64_t run;
-        if (!(desc.flags & VU_DESC_INDIRECT) || !desc.len || desc.len / 16 > table_limit(queue))
-            continue;
-        uint8_t *host = vu_map_run(queue->map, desc.addr, desc.len, &run);
-        if (host)
-            spans[found++] = (struct vu_span){(uintptr_t)host, run};
+        found += vu_table_span(queue, &desc, &spans[found]);
     }
     if (found)
         vu_touch_spans(queue->touch, queue->map, spans, found);
 }
 
-int vu_split_pop(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32_t *done)
+static int pop(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32_t *done)
 {
     if (queue->resubmit_next < queue->resubmit_count)
         return pop_resubmitted(queue, chains, max, done);
-    uint16_t next = atomic_load_explicit(&queue->next_avail, memory_order_relaxed);
+    uint16_t next = (uint16_t)atomic_load_explicit(&queue->base, memory_order_relaxed);
     /* Acquire: what the driver wrote before it moved the index is read after. */
     uint32_t ahead = (uint16_t)(vu_load16_acquire(&queue->avail->idx) - next);
     atomic_store_explicit(&queue->broken_head, 0, memory_order_relaxed);
@@ -240,7 +156,7 @@ int vu_split_pop(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint
             return code;
         if (queue->inflight.split)
             vu_inflight_take(&queue->inflight, head);
-        atomic_store_explicit(&queue->next_avail, ++next, memory_order_relaxed);
+        atomic_store_explicit(&queue->base, ++next, memory_order_relaxed);
         *done = i + 1;
     }
     return 0;
@@ -256,9 +172,8 @@ static int log_used(vu_queue *queue, const void *at, uint64_t length)
     return vu_log_set(queue->log, queue->log_addr + (uint64_t)((const uint8_t *)at - (const uint8_t *)queue->used), length);
 }
 
-static int write_entry(vu_queue *queue, const vu_chain *chain, uint64_t told, uint16_t index)
+static int write_entry(vu_queue *queue, const vu_chain *chain, uint32_t length, uint16_t index)
 {
-    uint32_t length = (uint32_t)(told < chain->writable ? told : chain->writable);
     int code = queue->log ? vu_chain_log(queue, chain, length) : 0;
     if (code)
         return code;
@@ -270,11 +185,10 @@ static int write_entry(vu_queue *queue, const vu_chain *chain, uint64_t told, ui
     return log_used(queue, entry, sizeof *entry);
 }
 
-int vu_split_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
+static int push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++) {
-        uint64_t told = lengths ? lengths[i] : chains[i]->filled;
-        int code = write_entry(queue, chains[i], told, (uint16_t)(queue->used_index + i));
+        int code = write_entry(queue, chains[i], vu_chain_told(chains[i], lengths, i), (uint16_t)(queue->used_index + i));
         if (code && !atomic_load_explicit(&queue->broken, memory_order_relaxed))
             atomic_store_explicit(&queue->broken_head, chains[i]->head, memory_order_relaxed);
         if (code)
@@ -296,7 +210,7 @@ int vu_split_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *leng
 
 /* The full fences below pair with the driver's: each side writes its index, then reads what the other asked for. Without
  * them both may read the old value, and sleep. */
-bool vu_split_wants_call(vu_queue *queue)
+static bool wants_call(vu_queue *queue)
 {
     if (queue->signalled == queue->used_index)
         return false;
@@ -308,9 +222,9 @@ bool vu_split_wants_call(vu_queue *queue)
     return !(vu_load16(&queue->avail->flags) & VU_AVAIL_NO_INTERRUPT);
 }
 
-int vu_split_arm(vu_queue *queue)
+static int arm(vu_queue *queue)
 {
-    uint16_t next = atomic_load_explicit(&queue->next_avail, memory_order_relaxed);
+    uint16_t next = (uint16_t)atomic_load_explicit(&queue->base, memory_order_relaxed);
     uint16_t *at = queue->flags & VU_RING_EVENT_IDX ? avail_event(queue) : &queue->used->flags;
     vu_store16(at, queue->flags & VU_RING_EVENT_IDX ? next : 0);
     int code = log_used(queue, at, sizeof *at);
@@ -322,10 +236,19 @@ int vu_split_arm(vu_queue *queue)
 
 /* With the event index there is nothing to say: the driver kicks when it passes the index that arm left, which is behind
  * us as soon as we have popped. */
-int vu_split_disarm(vu_queue *queue)
+static int disarm(vu_queue *queue)
 {
     if (queue->flags & VU_RING_EVENT_IDX)
         return 0;
     vu_store16(&queue->used->flags, VU_USED_NO_NOTIFY);
     return log_used(queue, &queue->used->flags, sizeof queue->used->flags);
 }
+
+static void spans(const vu_queue *queue, struct vu_span found[3])
+{
+    found[0] = (struct vu_span){(uintptr_t)queue->desc, vu_desc_bytes(queue->size)};
+    found[1] = (struct vu_span){(uintptr_t)queue->avail, vu_avail_bytes(queue->size)};
+    found[2] = (struct vu_span){(uintptr_t)queue->used, vu_used_bytes(queue->size)};
+}
+
+const struct vu_format vu_split = {setup, start, pop, push, wants_call, arm, disarm, spans};
