@@ -304,10 +304,9 @@ class Connection:
     async def _set_vring_num(self, request: Request) -> None:
         state = payload_of(request, VringState)
         ring = self._stopped_ring(state.index)
-        if not 1 <= state.num <= self.device.queue_size or state.num & (state.num - 1):
-            raise RequestRefused(
-                f"ring {state.index}: size {state.num} is not a power of two from 1 to {self.device.queue_size}"
-            )
+        # The rule of the message has looked at the rest.
+        if state.num > self.device.queue_size:
+            raise RequestRefused(f"ring {state.index}: size {state.num} is more than {self.device.queue_size}")
         ring.size = state.num
 
     async def _set_vring_addr(self, request: Request) -> None:
@@ -350,16 +349,21 @@ class Connection:
 
     # ---- in-flight tracking
 
+    @property
+    def _packed(self) -> bool:
+        """Front-ends say the features before they ask for a region, whose layout depends on them."""
+        return self._session.has(VirtioFeature.RING_PACKED)
+
     async def _get_inflight_fd(self, request: Request) -> Reply:
         asked = payload_of(request, Inflight)
         if not asked.num_queues or asked.num_queues > self.device.queues:
             raise RequestRefused(f"in-flight region for {asked.num_queues} rings of {self.device.queues}")
-        fd, size = InflightRegion.create(asked.num_queues, asked.queue_size)
+        fd, size = InflightRegion.create(asked.num_queues, asked.queue_size, packed=self._packed)
         return Reply(Inflight(size, 0, asked.num_queues, asked.queue_size), fds=(fd,))
 
     async def _set_inflight_fd(self, request: Request) -> None:
         given = payload_of(request, Inflight)
-        region = InflightRegion.map(fds_of(request)[0], given)
+        region = InflightRegion.map(fds_of(request)[0], given, packed=self._packed)
         async with self._life.halted():
             self._life.inflight = region
 

@@ -10,6 +10,7 @@ TRANSPORT_FEATURES = (
     VirtioFeature.LOG_ALL.mask
     | VirtioFeature.RING_INDIRECT_DESC.mask
     | VirtioFeature.RING_EVENT_IDX.mask
+    | VirtioFeature.RING_PACKED.mask
     | VirtioFeature.PROTOCOL_FEATURES.mask
     | VirtioFeature.VERSION_1.mask
 )

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.devices.conftest import USED
 from vhostuser._native import ffi, lib
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
@@ -617,3 +618,11 @@ def test_without_an_io_uring_everything_is_served_all_the_same(number: int) -> N
     if done.returncode == 77:
         pytest.skip("this kernel takes no seccomp filter")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_ring_that_stops_asks_for_kicks(disks: Any) -> None:
+    """The next one to serve it starts at a kick, which a driver that was told to send none would never send."""
+    disk = disks()
+    disk.memory.bytes[USED : USED + 2] = b"\x01\x00"  # VIRTQ_USED_F_NO_NOTIFY
+    assert disk.run() == 0
+    assert disk.memory.bytes[USED : USED + 2] == b"\0\0"

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.devices.test_program import LOG_ALL, PATIENCE, Program, answers, front_end, run
+from tests.devices.test_program import PATIENCE, Program, answers, front_end, run
 from vhostuser.driverqueue import DriverQueue
 from vhostuser.faultserver import FaultServer, FilePiece, MappedFile
-from vhostuser.frontend import Frontend, FrontendRing, PostcopyClient, SharedMemory
+from vhostuser.frontend import DRIVABLE, Frontend, FrontendRing, PostcopyClient, SharedMemory
 from vhostuser.protocol import FrontendRequest, PostcopyAck, ProtocolFeature
 from vhostuser.uffd import Userfaultfd
 from vhostuser.wake import BlockingWakeChannel, WakeChannel
@@ -142,7 +142,7 @@ async def test_a_fault_server_wakes_the_program_by_messages_only(start: Callable
     ring.queue.publish()
     with moved(memory) as source, FaultServer(memory, source) as server:
         async with await Frontend.connect(str(paths.main)) as frontend:
-            await frontend.negotiate(features=~(LOG_ALL | EVENT_IDX))
+            await frontend.negotiate(features=DRIVABLE & ~EVENT_IDX)
             if not frontend.session.has(ProtocolFeature.PAGEFAULT):
                 pytest.skip("userfaultfd is not permitted here")
             with await PostcopyClient.advise(frontend) as client, BlockingWakeChannel.connect(str(paths.wake)) as wakes:
@@ -185,7 +185,7 @@ def moved(memory: SharedMemory) -> Iterator[MappedFile]:
 
 async def in_postcopy(frontend: Frontend, memory: SharedMemory) -> Userfaultfd:
     """The back-end's userfaultfd, once the handshake is done."""
-    await frontend.negotiate(features=~(LOG_ALL | EVENT_IDX))
+    await frontend.negotiate(features=DRIVABLE & ~EVENT_IDX)
     if not frontend.session.has(ProtocolFeature.PAGEFAULT):
         pytest.skip("userfaultfd is not permitted here")
     _, fds = await frontend.request(FrontendRequest.POSTCOPY_ADVISE)

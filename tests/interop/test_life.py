@@ -25,12 +25,13 @@ async def test_guest_reboots(bench: Bench) -> None:
         assert await disk.guest_md5(0, 32) == disk.md5(0, 32)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=lambda end: end.name)
-async def test_back_end_restarts_under_load(bench: Bench, end: signal.Signals) -> None:
+async def test_back_end_restarts_under_load(bench: Bench, end: signal.Signals, packed: bool) -> None:
     """The next one serves the requests that were under way: the guest sees no error and no wrong byte."""
     image = bench.disk(32)
     backend = await bench.backend(image)
-    await bench.machine(Hardware(reconnect=True), backend)
+    await bench.machine(Hardware(reconnect=True, packed=packed), backend)
     await bench.guest.booted()
     disk = Disk(bench.guest, image)
     async with disk.read_throughout(), disk.write_throughout():

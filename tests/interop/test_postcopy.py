@@ -16,8 +16,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.postcopy, pytest.mark.timeout(180
 FILL = 96
 
 # QEMU announces memory in one of two ways, as the back-end offers CONFIGURE_MEM_SLOTS or not.
-flows = pytest.mark.parametrize("options", [[], ["--mem-slots=0"]], ids=["add-mem-reg", "set-mem-table"])
-page_sizes = pytest.mark.parametrize("hugepages", [False, True], ids=["4k", "2m"])
+WITHOUT_SLOTS = ["--mem-slots=0"]
 
 
 class Scene:
@@ -49,12 +48,20 @@ class Scene:
         assert await self.disk.guest_md5(0, 64) == self.disk.md5(0, 64)
 
 
-@page_sizes
-@flows
-async def test_faults_are_served(bench: Bench, options: list[str], hugepages: bool) -> None:
+@pytest.mark.parametrize(
+    ("options", "hardware"),
+    [
+        pytest.param([], Hardware(), id="add-mem-reg-4k"),
+        pytest.param([], Hardware(hugepages=True), id="add-mem-reg-2m"),
+        pytest.param([], Hardware(packed=True), id="add-mem-reg-4k-packed"),
+        pytest.param(WITHOUT_SLOTS, Hardware(), id="set-mem-table-4k"),
+        pytest.param(WITHOUT_SLOTS, Hardware(hugepages=True), id="set-mem-table-2m"),
+    ],
+)
+async def test_faults_are_served(bench: Bench, options: list[str], hardware: Hardware) -> None:
     """While the state is postcopy-active: faults served, requests completed, every base right, no byte wrong."""
-    faults, requests = (5, 50) if hugepages else (50, 100)
-    scene = Scene(bench, Hardware(hugepages=hugepages), options)
+    faults, requests = (5, 50) if hardware.hugepages else (50, 100)
+    scene = Scene(bench, hardware, options)
     migration = await scene.set()
     async with scene.disk.read_throughout():
         # The pages that hold them are missing when the back-end is told to write them to the disk.

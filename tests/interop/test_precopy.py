@@ -16,14 +16,15 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 HARDWARE = Hardware()
 
 
-async def test_disk_used_throughout(bench: Bench) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+async def test_disk_used_throughout(bench: Bench, packed: bool) -> None:
     """Reads, writes and flushes go on, and afterwards guest memory and image hold what they should."""
-    image = bench.disk(64)
-    source = await bench.machine(HARDWARE, await bench.backend(image))
+    image, hardware = bench.disk(64), Hardware(packed=packed)
+    source = await bench.machine(hardware, await bench.backend(image))
     await bench.guest.booted()
     fill = await fill_memory(bench.guest, 64)
     disk = Disk(bench.guest, image)
-    destination = await bench.destination(HARDWARE, await bench.backend(image))
+    destination = await bench.destination(hardware, await bench.backend(image))
     migration = bench.migration(source, destination, bandwidth=60_000_000)
     async with disk.read_throughout(), disk.write_throughout():
         await migration.start()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.devices.test_program import LOG_ALL, PATIENCE, Program
+from tests.devices.test_program import PATIENCE, Program
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
+from vhostuser.frontend import DRIVABLE, Frontend, FrontendRing, SharedMemory
 
 BROKEN = sorted((Path(__file__).parent / "broken").glob("*.py"))
 CONTENT = b"\5" * 8192
@@ -59,7 +59,7 @@ async def test_it_is_a_disk_like_any_other(script: Path, socket_of: Path, disk: 
     memory = SharedMemory((0, 1 << 20))
     ring = FrontendRing(0, DriverQueue(memory.map, 0, 16))
     async with await Frontend.connect(str(socket_of)) as frontend:
-        await frontend.negotiate(features=~(LOG_ALL | EVENT_IDX))
+        await frontend.negotiate(features=DRIVABLE & ~EVENT_IDX)
         await frontend.set_memory(memory)
         await frontend.start_ring(ring, memory)
         await ask(ring, memory, 0, write=False)

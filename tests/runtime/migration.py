@@ -13,7 +13,7 @@ import threading
 
 from vhostuser.device import Device
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.frontend import FrontendRing, SharedMemory
+from vhostuser.frontend import DRIVABLE, FrontendRing, SharedMemory
 from vhostuser.memory import Region
 from vhostuser.protocol import (
     FrontendRequest,
@@ -163,7 +163,7 @@ class Migration:
     async def advise(self) -> None:
         wanted = ~0 if self.slots else ~ProtocolFeature.CONFIGURE_MEM_SLOTS.mask
         # The driver's ring has no event index: it wants a call for everything.
-        await self.frontend.negotiate(~VirtioFeature.RING_EVENT_IDX.mask, wanted)
+        await self.frontend.negotiate(DRIVABLE & ~VirtioFeature.RING_EVENT_IDX.mask, wanted)
         _, fds = await self.frontend.request(F.POSTCOPY_ADVISE)
         self._server = PageServer(fds.take(), self.source.fds[0], self.target, self.description)
 
@@ -204,7 +204,7 @@ class Migration:
         The memory that is being migrated into comes first, then the ``others``, by slots or in one table. kicked: the
         kick has not got lost. The ring is the caller's to wait for.
         """
-        await pair.frontend.negotiate(~VirtioFeature.RING_EVENT_IDX.mask)
+        await pair.frontend.negotiate(DRIVABLE & ~VirtioFeature.RING_EVENT_IDX.mask)
         regions = (self.description, *(region for other in others for region in other.table().regions))
         fds = (self.target, *(fd for other in others for fd in other.fds))
         if self.slots:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
+from vhostuser.frontend import DRIVABLE, Frontend, FrontendRing, SharedMemory
 from vhostuser.protocol import FrontendRequest, Inflight, Payload, VirtioFeature
 from vhostuser.testing.pair import MIB
 
@@ -104,7 +104,7 @@ class Crashing:
             ring.close()
 
     async def connect(self, frontend: Frontend, ring: FrontendRing) -> None:
-        await frontend.negotiate(~VirtioFeature.RING_EVENT_IDX.mask)
+        await frontend.negotiate(DRIVABLE & ~VirtioFeature.RING_EVENT_IDX.mask)
         await frontend.set_memory(self.memory)
         if self.region is None:
             payload, fds = await frontend.request(F.GET_INFLIGHT_FD, Inflight(0, 0, 1, SIZE))

@@ -38,6 +38,8 @@ class Hardware:
     cpus: int = 1
     #: Virtqueues of each disk.
     queues: int = 1
+    #: Packed rings, else split ones.
+    packed: bool = False
     #: QEMU connects again when a back-end is lost.
     reconnect: bool = False
 
@@ -72,7 +74,8 @@ class Hardware:
         for number, socket in enumerate(disks):
             again = ",reconnect=1" if self.reconnect else ""
             arguments += ["-chardev", f"socket,id=disk{number},path={socket}{again}"]
-            arguments += ["-device", f"vhost-user-blk-pci,chardev=disk{number},num-queues={self.queues}"]
+            packed = ",packed=on" if self.packed else ""
+            arguments += ["-device", f"vhost-user-blk-pci,chardev=disk{number},num-queues={self.queues}{packed}"]
         return arguments
 
 

@@ -16,17 +16,17 @@ from vhostuser.frontend.calls import Calls
 from vhostuser.frontend.channel import Answerer, BackendRequests, config_changes_only
 from vhostuser.frontend.memory import SharedLog, SharedMemory
 from vhostuser.frontend.ring import FrontendRing
-from vhostuser.protocol import DeviceStatus, ProtocolFeature, VirtioFeature
+from vhostuser.protocol import DeviceStatus, FrontendRequest, LocalProtocolError, ProtocolFeature, VirtioFeature
 
 DRIVABLE = ~(
     VirtioFeature.LOG_ALL.mask  # of no use before there is a log
     | VirtioFeature.ACCESS_PLATFORM.mask
-    | VirtioFeature.RING_PACKED.mask
+    | VirtioFeature.RING_PACKED.mask  # taken by those who make their DriverQueue so
     | VirtioFeature.IN_ORDER.mask
     | VirtioFeature.NOTIFICATION_DATA.mask
     | VirtioFeature.NOTIF_CONFIG_DATA.mask
 )
-"""All virtio features but those that ``DriverQueue`` and ``FrontendRing`` have no part in."""
+"""All virtio features but those that ``DriverQueue`` and ``FrontendRing`` have no part in unless they are told to."""
 
 DRIVABLE_PROTOCOL = ~(
     ProtocolFeature.INBAND_NOTIFICATIONS.mask | ProtocolFeature.XEN_MMAP.mask | ProtocolFeature.GPA_ADDRESSES.mask
@@ -106,21 +106,25 @@ class Frontend(Calls):
         ring: FrontendRing,
         memory: SharedMemory,
         *,
-        base: int = 0,
+        base: int | None = None,
         enable: bool = True,
         polled: bool = False,
         log_used: bool = False,
     ) -> None:
         """Sets the ring up, gives its eventfds and enables it; it starts at the first kick.
 
-        base: where to go on, from ``stop_ring``. polled: without a kick descriptor; it starts at once. log_used: writes
-        to the used ring are marked in the dirty log.
+        base: where to go on, from ``stop_ring``; None: the ring is new. polled: without a kick descriptor; it starts at
+        once. log_used: writes to the used ring are marked in the dirty log. Raises LocalProtocolError where the ring is
+        not of the format that was negotiated.
         """
         queue, index = ring.queue, ring.index
+        if queue.packed != self.session.has(VirtioFeature.RING_PACKED):
+            kind = "packed" if queue.packed else "split"
+            raise LocalProtocolError(FrontendRequest.SET_VRING_NUM, f"ring {index} is {kind}, which was not negotiated")
         user = memory.map.guest_to_host
         log = queue.used if log_used else None
         await self.set_vring_num(index, queue.size)
-        await self.set_vring_base(index, base)
+        await self.set_vring_base(index, queue.first_base if base is None else base)
         await self.set_vring_addr(index, desc=user(queue.desc), avail=user(queue.avail), used=user(queue.used), log=log)
         await self.set_vring_err(index, ring.err_fd)
         await self.set_vring_call(index, ring.call_fd)

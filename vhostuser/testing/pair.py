@@ -59,13 +59,19 @@ class Pair:
         await self.frontend.driver_ok()
 
     def add_ring(self, index: int, *, size: int = 64, indirect: bool = False) -> FrontendRing:
-        """A driver's ring in the memory, with the event index if that was negotiated. The back-end is not told."""
+        """A driver's ring in the memory, with the event index and in the format that were negotiated. The back-end is
+        not told."""
         assert self.memory is not None
-        event_idx = self.frontend.session.has(VirtioFeature.RING_EVENT_IDX)
-        at = index * RING_BYTES
-        self.rings.append(
-            FrontendRing(index, DriverQueue(self.memory.map, at, size, event_idx=event_idx, indirect=indirect))
+        has = self.frontend.session.has
+        queue = DriverQueue(
+            self.memory.map,
+            index * RING_BYTES,
+            size,
+            event_idx=has(VirtioFeature.RING_EVENT_IDX),
+            indirect=indirect,
+            packed=has(VirtioFeature.RING_PACKED),
         )
+        self.rings.append(FrontendRing(index, queue))
         return self.rings[-1]
 
     async def close(self) -> None:
