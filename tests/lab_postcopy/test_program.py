@@ -182,6 +182,10 @@ WRONG: dict[str, tuple[Sequence[str], str]] = {
     "disk-missing": (["--socket-path=/s", "--disk=/nowhere"], "--disk: /nowhere: no such file"),
     "clients": (["--socket-path=/s", "--disk=/dev/null", "--clients=2"], "--clients=2 needs --socket-path 2 times"),
     "channel": (["--wake=channel", "--start", "blk {socket} {disk}"], "--wake=channel: --start a command with {wake}"),
+    "channel-continue": (
+        ["--wake=batch,channel", "--placement=continue"],
+        "--wake=channel: with --placement=continue ",
+    ),
     "wake": (["--wake=batch,loud"], "argument --wake: 'batch,loud' is not of broadcast, demand, batch, channel"),
     "flow": (["--flow=up"], "argument --flow: 'up' is not of table, regions, both"),
     "plot": (["--plot=picture.gif"], "argument --plot: 'picture.gif' does not end in .svg or .png"),

@@ -272,12 +272,24 @@ def _check(parser: Parser, given: argparse.Namespace, clients: int, command: str
     if command is not None and "{socket}" not in command:
         parser.error("--start: the command has no {socket}, which stands for the socket it must listen on")
     _check_disks(parser, given.disk, clients, command)
-    if Wake.CHANNEL in given.wake and (command is None or "{wake}" not in command):
-        parser.error("--wake=channel: --start a command with {wake}, which stands for the socket of its wake channel")
+    if Wake.CHANNEL in given.wake:
+        _check_channel(parser, given.placement, command)
     try:
         shlex.split(command or "")
     except ValueError as error:
         parser.error(f"--start: {error}")
+
+
+def _check_channel(parser: Parser, placement: Placement, command: str | None) -> None:
+    if command is None or "{wake}" not in command:
+        parser.error("--wake=channel: --start a command with {wake}, which stands for the socket of its wake channel")
+    if placement is Placement.CONTINUE:
+        # Each back-end's page is mapped through its userfaultfd, which wakes it: whatever it did on the channel would
+        # go unseen, and a broken one pass.
+        parser.error(
+            "--wake=channel: with --placement=continue nobody is woken by the channel, so that nothing of it would be "
+            "tried; leave one of them out"
+        )
 
 
 def _check_disks(parser: Parser, disks: Sequence[Path], clients: int, command: str | None) -> None:
