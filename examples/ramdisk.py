@@ -5,7 +5,6 @@
 Point QEMU's vhost-user-blk-pci at the socket. docs/writing-a-device.md walks through it.
 """
 
-import mmap
 import struct
 
 from vhostuser.device import Device
@@ -22,9 +21,7 @@ class RamDisk(Device):
     virtio_id = 2
 
     def __init__(self, size: int) -> None:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
-        memory.madvise(mmap.MADV_HUGEPAGE)  # with 4 KiB pages the CPU would look up one for every random request
-        self.disk = memoryview(memory)
+        self.disk = memoryview(bytearray(size))
 
     def config(self) -> bytes:
         return struct.pack("<Q", len(self.disk) // SECTOR)
