@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.migration import DATA, PAGE, REQUESTS, SIZE, F, Migration, Shout
+from vhostuser import measures, watch
 from vhostuser.dataplane import ServedQueue
 from vhostuser.devices.blk import Blk, BlkSettings
 from vhostuser.devices.image import Image
+from vhostuser.metrics import as_json, value_in
 from vhostuser.protocol import (
     Postcopy,
     PostcopyAck,
@@ -99,6 +101,29 @@ async def test_the_control_socket_answers_while_pages_are_missing(migrations: Ca
     migration.server.open.set()
     await asyncio.wait_for(stopping, 10)
     await migration.end()
+
+
+async def test_a_message_that_waits_for_pages_is_told_so_and_the_waits_are_counted(
+    migrations: Callable[..., Migration], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "LONG", 0.01)
+    migration = migrations(Shout())
+    await migration.reach("blocked")
+    backend = migration.pair.backend
+    assert value_in(as_json(backend.measure()), measures.ACTIVE) == 1
+    stopping = asyncio.ensure_future(migration.frontend.request(F.GET_VRING_BASE, VringState(0)))
+    async with asyncio.timeout(20):
+        while "under way" not in caplog.text:  # noqa: ASYNC110 - what is waited for is a line of the log
+            await asyncio.sleep(0.001)
+    told = next(line for line in caplog.messages if "under way" in line)
+    assert told.startswith("test: GET_VRING_BASE of ring 0 takes long (")
+    assert told.endswith(", while pages of guest memory may be missing")
+    migration.server.open.set()
+    await asyncio.wait_for(stopping, 10)
+    await migration.end()
+    shown = as_json(backend.measure())
+    assert value_in(shown, measures.BLOCKED) > 0
+    assert value_in(shown, measures.ACTIVE) == 0
 
 
 async def test_nothing_is_touched_before_the_acknowledgement(migrations: Callable[..., Migration]) -> None:
