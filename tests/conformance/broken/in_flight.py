@@ -129,10 +129,16 @@ def dies_of_nonsense_in_the_buffer() -> None:
 @fault("inflight.other-size")
 def dies_of_a_buffer_for_a_smaller_ring() -> None:
     right = Lifecycle._inflight_of
+    sizes: dict[Lifecycle, int] = {}
+
+    async def given(connection: Connection, request: Any, handle: Any) -> Any:
+        sizes[connection._life] = request.payload.queue_size
+        return await handle(connection, request)
 
     def chosen(life: Lifecycle, ring: Ring) -> InflightRegion | None:
-        if life.inflight is not None and ring.size > life.inflight.queue_size:
+        if ring.size > sizes.get(life, ring.size):
             crash()
         return right(life, ring)
 
+    handling(FrontendRequest.SET_INFLIGHT_FD, given)
     Lifecycle._inflight_of = chosen  # type: ignore[method-assign]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -10,7 +9,7 @@ from tests.conformance.broken.registry import fault, handling
 from vhostuser import virtqueue
 from vhostuser.connection import Connection
 from vhostuser.lifecycle import Lifecycle
-from vhostuser.protocol import FrontendRequest, RequestRefused, VringState
+from vhostuser.protocol import FrontendRequest, RequestRefused
 
 F = FrontendRequest
 
@@ -46,30 +45,6 @@ def memory_must_begin_at_zero() -> None:
         return await right(connection, request)
 
     handling(F.SET_MEM_TABLE, change)
-
-
-@fault("personas.crosvm")
-def a_base_behind_the_address_is_zero() -> None:
-    """crosvm says where a ring is before it says where to go on."""
-    placed: set[Any] = set()
-
-    async def address(connection: Connection, request: Any, right: Any) -> Any:
-        placed.add(connection.rings[request.payload.index])
-        return await right(connection, request)
-
-    async def base(connection: Connection, request: Any, right: Any) -> Any:
-        index = request.payload.index
-        if connection.rings[index] in placed:
-            request = replace(request, payload=VringState(index, 0))
-        return await right(connection, request)
-
-    async def stop(connection: Connection, request: Any, right: Any) -> Any:
-        placed.discard(connection.rings[request.payload.index])
-        return await right(connection, request)
-
-    handling(F.SET_VRING_ADDR, address)
-    handling(F.SET_VRING_BASE, base)
-    handling(F.GET_VRING_BASE, stop)
 
 
 @fault("personas.crosvm", "personas.cloud-hypervisor")
