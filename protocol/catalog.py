@@ -221,9 +221,9 @@ def _frontend_rows() -> Iterator[Row]:
 
 def _frontend_extension_rows() -> Iterator[Row]:
     """Ids 19 to 44: extensions behind features. Where the text says "present in GET_..." offering is enough."""
-    yield Row(code=F.SEND_RARP, request=(U64,), gate=_offered(P.RARP), silent=True, unserved=_NET)
+    yield Row(code=F.SEND_RARP, request=(U64,), gate=_offered(P.RARP), silent=True)
     # QEMU sends it before SET_FEATURES, so that VIRTIO_NET_F_MTU is at most offered by then.
-    yield Row(code=F.NET_SET_MTU, request=(U64,), gate=_offered(P.MTU, V.NET_F_MTU), silent=True, unserved=_NET)
+    yield Row(code=F.NET_SET_MTU, request=(U64,), gate=_offered(P.MTU, V.NET_F_MTU), silent=True)
     yield Row(code=F.SET_BACKEND_REQ_FD, fds=(1, 1), gate=_offered(P.BACKEND_REQ))
     yield Row(
         code=F.IOTLB_MSG,

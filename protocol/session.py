@@ -77,16 +77,23 @@ class BackendSession(FrontendRequests):
     """The back-end's end of one connection.
 
     features: virtio bits to offer, PROTOCOL_FEATURES (bit 30) included. protocol_features: bits to offer. queue_count:
-    queues the device has. max_slots: memory regions it takes. Requests that ask for these are answered by
-    finish(request, None).
+    queues the device has; queue_num: what GET_QUEUE_NUM says instead, where a device counts otherwise. max_slots:
+    memory regions it takes. Requests that ask for these are answered by finish(request, None).
     """
 
-    def __init__(self, features: int, protocol_features: int, queue_count: int, max_slots: int = DEFAULT_SLOTS) -> None:
+    def __init__(
+        self,
+        features: int,
+        protocol_features: int,
+        queue_count: int,
+        max_slots: int = DEFAULT_SLOTS,
+        queue_num: int | None = None,
+    ) -> None:
         super().__init__(State(queue_count, features, protocol_features))
         self._answers = {
             F.GET_FEATURES: features,
             F.GET_PROTOCOL_FEATURES: protocol_features,
-            F.GET_QUEUE_NUM: queue_count,
+            F.GET_QUEUE_NUM: queue_count if queue_num is None else queue_num,
             F.GET_MAX_MEM_SLOTS: max_slots,
         }
 

@@ -94,7 +94,12 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--socket-group", metavar="GROUP", type=_group, help="group of the socket file")
     parser.add_argument("--socket-mode", metavar="MODE", type=_mode, default=0o600, help="octal, default 0600")
     parser.add_argument("--log-level", choices=_LEVELS, default="info", help="default info")
-    parser.add_argument("--postcopy", choices=("auto", "off"), default="auto", help="auto: offered where permitted")
+    parser.add_argument(
+        "--postcopy",
+        choices=("auto", "always", "off"),
+        default="auto",
+        help="auto: offered where permitted and known to work",
+    )
     parser.add_argument(
         "--uffd-fd", metavar="N", type=number(0, _MOST_FDS), default=-1, help="inherited /dev/userfaultfd"
     )
@@ -291,10 +296,13 @@ class _Service:
 
     def _backend(self, endpoint: Endpoint) -> Backend:
         options = self._options
+        obstacle = self._device.postcopy_obstacle if options.postcopy == "auto" else ""
+        if obstacle:
+            log.warning("postcopy is not offered: %s; --postcopy=always offers it all the same", obstacle)
         passed = self._manager.take(USERFAULTFD)
         return Backend(
             self._device,
-            postcopy=options.postcopy == "auto",
+            postcopy=options.postcopy != "off" and not obstacle,
             uffd_device=options.uffd_fd if passed is None else passed,
             record=Path(f"{endpoint.path}.postcopy") if endpoint.path else None,
             mem_slots=options.mem_slots,

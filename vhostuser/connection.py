@@ -16,6 +16,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from vhostuser.arguments import event_of, fds_of, payload_of, ring_of
@@ -90,13 +91,16 @@ class Connection:
         record: MemoryRecord | None,
         mem_slots: int = 509,
     ) -> None:
+        mem_slots = min(mem_slots, device.mem_slots)
         self.name = name
         self.device = device
         self._channel = Channel(sock)
         self._session = BackendSession(
             features=TRANSPORT_FEATURES | device.features,
-            protocol_features=protocol_features(pagefault=postcopy is not None, mem_slots=mem_slots),
+            protocol_features=protocol_features(pagefault=postcopy is not None, mem_slots=mem_slots)
+            | device.protocol_features,
             queue_count=device.queues,
+            queue_num=device.queue_num,
             max_slots=mem_slots,
         )
         self._mem_slots = mem_slots
@@ -258,6 +262,14 @@ class Connection:
     async def _set_config(self, request: Request) -> None:
         written = payload_of(request, Config)
         self.device.set_config(written.offset, written.data, migration=bool(written.flags & 1))
+
+    # ---- network devices
+
+    async def _send_rarp(self, request: Request) -> None:
+        self.device.announce_guest(payload_of(request, U64).value.to_bytes(8, sys.byteorder)[:6])
+
+    async def _net_set_mtu(self, request: Request) -> None:
+        self.device.set_mtu(payload_of(request, U64).value)
 
     # ---- memory
 
@@ -479,6 +491,8 @@ HANDLERS: dict[int, Callable[[Connection, Request], Awaitable[Reply | None]]] = 
     FrontendRequest.SET_VRING_KICK: Connection._set_vring_kick,
     FrontendRequest.SET_VRING_CALL: Connection._set_vring_call,
     FrontendRequest.SET_VRING_ERR: Connection._set_vring_err,
+    FrontendRequest.SEND_RARP: Connection._send_rarp,
+    FrontendRequest.NET_SET_MTU: Connection._net_set_mtu,
     FrontendRequest.SET_BACKEND_REQ_FD: Connection._set_backend_req_fd,
     FrontendRequest.GET_CONFIG: Connection._get_config,
     FrontendRequest.SET_CONFIG: Connection._set_config,

@@ -55,6 +55,9 @@ class Device:
     queues: int = 1
     """How many rings the device has (GET_QUEUE_NUM)."""
 
+    queue_num: int | None = None
+    """What GET_QUEUE_NUM says where that is not ``queues``: of a network device front-ends expect pairs of rings."""
+
     queue_size: int = 1024
     """The largest ring that the device accepts, in entries; at most 32768."""
 
@@ -66,6 +69,15 @@ class Device:
 
     metrics: ClassVar[tuple[Metric, ...]] = ()
     """What the device counts beside what the runtime does for every queue; ``measure`` has the numbers."""
+
+    protocol_features: int = 0
+    """Protocol feature bits of the device type: RARP with ``announce_guest``, MTU with ``set_mtu``."""
+
+    mem_slots: int = 509
+    """The largest answer to GET_MAX_MEM_SLOTS; 0: memory comes as whole tables only."""
+
+    postcopy_obstacle: str = ""
+    """Why programs do not offer postcopy for this device unless they are told to; empty: nothing is in the way."""
 
     announce: tuple[Callable[[], None], ...] = ()
     """The runtime's: what ``config_changed`` calls, one for each connection."""
@@ -91,6 +103,20 @@ class Device:
         for announce in self.announce:
             announce()
 
+    def set_mtu(self, mtu: int) -> None:
+        """The MTU that the guest was told, in bytes (NET_SET_MTU). Control thread; must not block.
+
+        Raises RequestRefused.
+        """
+        raise RequestRefused("the device has no MTU")
+
+    def announce_guest(self, mac: bytes) -> None:
+        """The guest with this address of 6 bytes has come from another host (SEND_RARP): tell the network.
+
+        Control thread; must not block. Raises RequestRefused.
+        """
+        raise RequestRefused("the device has no network")
+
     async def start(self, features: int) -> None:
         """The first ring is about to start; ``features`` are the negotiated virtio bits. May block.
 
@@ -104,6 +130,14 @@ class Device:
 
     def engine(self) -> Engine | None:
         """The native engine, asked for after ``start``; None for a device in Python."""
+        return None
+
+    def disabled_engine(self, index: int) -> Engine | None:
+        """What serves ring ``index`` while it is started but disabled, asked for after ``start``; None: nobody does.
+
+        "The back-end must process the ring without causing any side effects" (Ring states): where requests would pile
+        up, throw them away.
+        """
         return None
 
     async def serve(self, queue: ServedQueue) -> None:

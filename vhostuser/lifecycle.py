@@ -180,13 +180,19 @@ class Lifecycle:
     # ---- what is wanted
 
     def _wanted(self, ring: Ring) -> bool:
-        return not self._ending and self._session.rings[ring.index].runs and ring.configured
+        return not self._ending and ring.configured and self._served(ring)
+
+    def _served(self, ring: Ring) -> bool:
+        """As the two ends have agreed: also where a disabled ring has somebody to throw its requests away."""
+        agreed = self._session.rings[ring.index]
+        return agreed.runs or (agreed.started and self._device.disabled_engine(ring.index) is not None)
 
     def _any_wanted(self) -> bool:
         return any(self._wanted(ring) for ring in self.rings)
 
     def _runs_unwanted(self, ring: Ring) -> bool:
-        return ring.running and not self._wanted(ring)
+        enabled = self._session.rings[ring.index].enabled
+        return ring.running and not (self._wanted(ring) and ring.enabled == enabled)
 
     def _may_run(self, ring: Ring, regions: Regions) -> bool:
         """Wanted, and its memory may be touched: not before the front-end knows where it is."""
@@ -302,7 +308,9 @@ class Lifecycle:
             return
         ring.obstacle = ""
         assert self.data is not None
-        runner = ring.run(queue, self._device, self._device.engine(), self.data, self._name)
+        enabled = self._session.rings[ring.index].enabled
+        engine = self._device.engine() if enabled else self._device.disabled_engine(ring.index)
+        runner = ring.run(queue, self._device, engine, self.data, self._name, enabled=enabled)
         runner.finished.add_done_callback(lambda finished: self._ring_ended(ring, finished.result()))
 
     def _inflight_of(self, ring: Ring) -> InflightRegion | None:

@@ -67,6 +67,8 @@ class Ring:
         """Sticky until the front-end gives a new kick or a new address."""
         self.stopping = False
         """Whether somebody waits for its stop."""
+        self.enabled = False
+        """While it runs: whether its requests are executed, and not thrown away."""
         self._call = self._err = -1
         self._calls = False
         self._watched = False
@@ -184,8 +186,18 @@ class Ring:
         queue.force_signal()
         return queue
 
-    def run(self, queue: DeviceQueue, device: Device, engine: Engine | None, data: DataThread, name: str) -> Runner:
+    def run(
+        self,
+        queue: DeviceQueue,
+        device: Device,
+        engine: Engine | None,
+        data: DataThread,
+        name: str,
+        *,
+        enabled: bool = True,
+    ) -> Runner:
         """Serves ``queue``, which the ring owns from here."""
+        self.enabled = enabled
         assert self.kick is not None and self._runner is None
         self._unwatch()
         self._queue = queue

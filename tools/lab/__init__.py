@@ -7,6 +7,7 @@ test: a back-end is a command line that serves a Unix socket.
 * ``journal``, ``process``: child processes that cannot outlive us, and what they say
 * ``guest``: shell commands in a running guest, also while it migrates
 * ``backend``, ``machine``: a vhost-user back-end process and a QEMU process
+* ``namespace``: a network of the host's that nobody else sees
 * ``migration``: precopy, postcopy, recovery
 * ``trace``, ``maps``, ``observation``: what QEMU, the kernel and the back-end tell of faults and of who maps what
 * ``workload``: what the guest does with its disk and memory, and how it is known that it did it right

@@ -25,6 +25,11 @@ def vhostuser_blk(socket: Path, image: Path, options: Sequence[str] = ()) -> lis
     return [*command, f"--socket-path={socket}", f"--blk-file={image}", *options]
 
 
+def vhostuser_net(socket: Path, options: Sequence[str]) -> list[str]:
+    """The command line of this project's network back-end, run by this interpreter; its end is among the options."""
+    return [sys.executable, "-P", "-m", "vhostuser.tools.net", f"--socket-path={socket}", *options]
+
+
 def storage_daemon(socket: Path, image: Path, options: Sequence[str] = ()) -> list[str]:
     """The command line of QEMU's own back-end; ``options`` are added to its export's."""
     export = f"vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on"
@@ -46,17 +51,21 @@ def tracer(backend: Path, transcript: Path) -> CommandLine:
 
 
 class BackendProcess(Process):
-    """A back-end that listens on ``socket``: an async context manager, entered when it listens."""
+    """A back-end that listens on ``socket``: an async context manager, entered when it listens.
 
-    def __init__(self, name: str, command: Sequence[str], socket: Path) -> None:
+    network: it serves a network interface, else a disk.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], socket: Path, *, network: bool = False) -> None:
         super().__init__(name, command)
         self.socket = socket
+        self.network = network
 
     async def __aenter__(self) -> BackendProcess:
         await super().__aenter__()
         try:
             async with asyncio.timeout(20):
-                while not _listening(self.socket):
+                while not _listening(self.pid, self.socket):
                     if not self.running:
                         raise LabError(f"{self.name} ended at its start: {' | '.join(self.output.entries)}")
                     await asyncio.sleep(0.01)
@@ -76,11 +85,21 @@ class BackendProcess(Process):
         return state
 
 
-def _listening(socket: Path) -> bool:
-    """Whether somebody listens on ``socket``, found without a connection, which a back-end would serve."""
+def _listening(pid: int, socket: Path) -> bool:
+    """Whether somebody listens on ``socket``, found without a connection, which a back-end would serve.
+
+    The kernel lists sockets by network namespace: ``pid`` is a process that is in the right one.
+    """
     accepting = 0x10000  # __SO_ACCEPTCON in the kernel's net/unix
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+    for line in _lines(Path(f"/proc/{pid}/net/unix"))[1:]:
         fields = line.split(maxsplit=7)
         if len(fields) == 8 and fields[7] == str(socket) and int(fields[3], 16) & accepting:
             return True
     return False
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:  # the process has just ended
+        return []

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from vhostuser.tools.lab.backend import STATE_PREFIX, BackendProcess, CommandLine, vhostuser_blk
+from vhostuser.tools.lab.backend import STATE_PREFIX, BackendProcess, CommandLine, vhostuser_blk, vhostuser_net
 from vhostuser.tools.lab.guest import Guest
 from vhostuser.tools.lab.hugepages import hugepages
 from vhostuser.tools.lab.image import GuestImage
 from vhostuser.tools.lab.machine import Event, Hardware, Machine, event_time
 from vhostuser.tools.lab.migration import UNLIMITED, Migration
+from vhostuser.tools.lab.namespace import Namespace
 from vhostuser.tools.lab.process import Process
 from vhostuser.tools.lab.trace import EVENTS
 
@@ -71,8 +72,24 @@ class Bench:
         await self._stack.enter_async_context(backend)
         return backend
 
+    async def network(
+        self, *options: str, namespace: Namespace | None = None, socket: Path | None = None
+    ) -> BackendProcess:
+        """A new back-end for a network interface, in a network namespace of the host if one is given."""
+        name = self._unique("network")
+        socket = socket or self.directory / f"{name}.sock"
+        command = vhostuser_net(socket, options)
+        backend = BackendProcess(name, namespace.command(*command) if namespace else command, socket, network=True)
+        self._processes.append(backend)
+        await self._stack.enter_async_context(backend)
+        return backend
+
+    def namespace(self, address: str) -> Namespace:
+        """A new network namespace, whose interfaces that are made in it later may get ``address`` (with its prefix)."""
+        return self._stack.enter_context(Namespace(f"vhu-{os.getpid()}-{self._unique('ns')}", address))
+
     async def machine(self, hardware: Hardware, *backends: BackendProcess) -> Machine:
-        """A machine with one disk for each of ``backends``, which boots the guest; returns before that has booted."""
+        """A machine with one device for each of ``backends``, which boots the guest; returns before that has booted."""
         return await self._start(hardware, backends, incoming=False)
 
     async def destination(self, hardware: Hardware, *backends: BackendProcess) -> Machine:
@@ -116,7 +133,8 @@ class Bench:
             self.directory,
             self.image,
             hardware,
-            [backend.socket for backend in backends],
+            [backend.socket for backend in backends if not backend.network],
+            [backend.socket for backend in backends if backend.network],
             incoming=incoming,
             trace_events=EVENTS,
         )

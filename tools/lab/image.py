@@ -22,7 +22,11 @@ from vhostuser.tools.lab.errors import LabError
 BUSYBOX = Path("/bin/busybox")
 
 # In the order of their dependencies: Debian's package has no modules.dep, depmod writes it when it is installed.
-MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk")
+MODULES = (
+    *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
+    "virtio_blk",
+    *("failover", "net_failover", "virtio_net"),
+)
 
 INIT = """\
 #!/bin/sh

@@ -40,6 +40,8 @@ class Hardware:
     queues: int = 1
     #: Packed rings, else split ones.
     packed: bool = False
+    #: Pairs of virtqueues of each network interface.
+    pairs: int = 1
     #: QEMU connects again when a back-end is lost.
     reconnect: bool = False
 
@@ -63,20 +65,35 @@ class Hardware:
         """The size of guest memory, not a multiple of 256 KiB where that can be helped (``loses_writes``)."""
         return self.memory * 1024 + (0 if self.hugepages else 8)
 
-    def arguments(self, disks: Sequence[Path]) -> list[str]:
-        """The part of QEMU's command line that describes it, with one disk for each back-end's socket."""
+    def arguments(self, disks: Sequence[Path], networks: Sequence[Path] = ()) -> list[str]:
+        """The part of QEMU's command line that describes it, with one device for each back-end's socket."""
         backing = ",hugetlb=on,hugetlbsize=2M" if self.hugepages else ""
         arguments = [
             *("-accel", "tcg", "-cpu", "max", "-m", f"{self._kibibytes}K", "-smp", f"{self.cpus}"),
             *("-object", f"memory-backend-memfd,id=memory,size={self._kibibytes}K,share=on{backing}"),
             *("-machine", "q35,memory-backend=memory"),
         ]
+        again = ",reconnect=1" if self.reconnect else ""
+        packed = ",packed=on" if self.packed else ""
         for number, socket in enumerate(disks):
-            again = ",reconnect=1" if self.reconnect else ""
             arguments += ["-chardev", f"socket,id=disk{number},path={socket}{again}"]
-            packed = ",packed=on" if self.packed else ""
             arguments += ["-device", f"vhost-user-blk-pci,chardev=disk{number},num-queues={self.queues}{packed}"]
+        for number, socket in enumerate(networks):
+            name = f"net{number}"
+            arguments += ["-chardev", f"socket,id={name}-socket,path={socket}{again}"]
+            arguments += ["-netdev", f"vhost-user,id={name}-end,chardev={name}-socket,queues={self.pairs}"]
+            # vectors=0: with MSI-X QEMU 7.2 dies under TCG, below msix_set_vector_notifiers.
+            several = ",mq=on" if self.pairs > 1 else ""
+            arguments += [
+                "-device",
+                f"virtio-net-pci,id={name},netdev={name}-end,mac={mac(number)},vectors=0{several}{packed}",
+            ]
         return arguments
+
+
+def mac(number: int) -> str:
+    """The address of a machine's network interface; the same at both ends of a migration."""
+    return f"52:54:00:00:00:{number:02x}"
 
 
 def event_time(event: Event) -> float:
@@ -102,6 +119,7 @@ class Machine:
         image: GuestImage,
         hardware: Hardware,
         disks: Sequence[Path],
+        networks: Sequence[Path] = (),
         *,
         incoming: bool = False,
         trace_events: Sequence[str] = (),
@@ -112,7 +130,7 @@ class Machine:
         self.events: Journal[Event] = Journal(f"{name}'s monitor")
         self._path: Callable[[str], Path] = lambda kind: directory / f"{name}.{kind}"
         self._qmp = QMPClient(name)
-        arguments = [*self._common(image), *hardware.arguments(disks)]
+        arguments = [*self._common(image), *hardware.arguments(disks, networks)]
         for event in trace_events:
             arguments += ["-trace", event]
         if incoming:

@@ -172,6 +172,9 @@ void vu_queue_kicked(vu_queue *queue); /* its thread has taken a kick */
  * the ring are handed out first, and can be returned like all that are out. After a restart the chains that the in-flight
  * region names come first, in the order in which they were taken. [touches] */
 int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max);
+/* Gives back, unused and in the order in which they were popped, the chains that were popped last: they will be popped
+ * again, by whoever serves the ring then. [touches] */
+int vu_queue_unpop(vu_queue *queue, vu_chain *const *chains, uint32_t count);
 /* Returns chains with the number of bytes written into each (at most chain->writable counts; NULL: chain->filled); one
  * update of the used index for all. Releases them also where it fails: nothing is written any more then. [touches] */
 int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count);
@@ -548,6 +551,66 @@ void vu_blk_get_stats(const vu_blk *blk, struct vu_blk_stats *stats);
  * the ring broke. kick: eventfd, or -1 for a ring that is polled. One thread per queue; several queues may share `blk`.
  * [touches] */
 int vu_blk_run(vu_blk *blk, vu_queue *queue, int kick, int stop);
+
+/* ---- where the frames of a network device go to and come from (end.c, end_*.c, hub.c) --------------------------- */
+
+typedef struct vu_end vu_end;
+typedef struct vu_hub vu_hub;
+
+/* Takes every frame, copying every byte out of guest memory; and, with a length, sends `frame` for ever. */
+vu_end *vu_end_measure(uint32_t pairs, const void *frame, uint32_t length, int *error);
+/* fds: of one tap, one for each pair, non-blocking; the caller keeps them open while the end exists. vnet: 1 if frames
+ * have a virtio_net_hdr of 10 bytes (IFF_VNET_HDR, TUNSETVNETHDRSZ). */
+vu_end *vu_end_tap(const int *fds, uint32_t pairs, int vnet, int *error);
+void vu_end_free(vu_end *end);
+/* What the guest's driver accepts (VIRTIO_NET_F_GUEST_): as the kind of end needs to know. 0 or VU_E_SYS. */
+int vu_end_accept(vu_end *end, uint64_t features);
+void vu_end_flush(vu_end *end);                                       /* forgets frames that nobody has received yet */
+int vu_end_inject(vu_end *end, const void *frame, uint32_t length); /* one of our own: 1 if it was taken */
+
+#define VU_HUB_LEARN 1   /* a bridge that learns who is where; else every frame goes to every other port */
+#define VU_HUB_REFLECT 2 /* frames go back to where they came from, and nowhere else */
+/* Ports between which frames go, through memory of ours. */
+vu_hub *vu_hub_new(uint32_t ports, uint32_t pairs, uint32_t flags, int *error);
+void vu_hub_free(vu_hub *hub);
+vu_end *vu_hub_port(vu_hub *hub, uint32_t port); /* the hub's: not to be freed */
+
+/* ---- virtio-net engine (net.c, net_*.c) ------------------------------------------------------------------------- */
+
+typedef struct vu_net vu_net;
+
+struct vu_net_config {
+    vu_end *end;       /* the caller's, kept while the engine exists */
+    uint64_t features; /* negotiated virtio features */
+    uint32_t pairs;    /* of rings: ring 2n receives, ring 2n + 1 transmits, as the guest sees it */
+    uint32_t poll_us;  /* how long an idle ring is polled before its thread sleeps */
+};
+
+struct vu_net_stats {
+    uint64_t frames, bytes; /* moved; bytes without the virtio header */
+    uint64_t useless;       /* receive buffers that no header fits into */
+    /* Frames that were dropped: */
+    uint64_t dropped_header;       /* shorter than a virtio header */
+    uint64_t dropped_runt;         /* shorter than an Ethernet header */
+    uint64_t dropped_oversize;     /* longer than an IP packet can be */
+    uint64_t dropped_checksum;     /* not negotiated, or its place is outside of the frame */
+    uint64_t dropped_segmentation; /* of a kind that was not negotiated, or without what it needs */
+    uint64_t dropped_fault;        /* guest memory was lost */
+    uint64_t dropped_refused;      /* the end did not take it */
+    uint64_t dropped_full;         /* more came than were received */
+    uint64_t dropped_room;         /* the guest has no buffers that it fits into */
+};
+
+vu_net *vu_net_new(const struct vu_net_config *config, int *error);
+void vu_net_free(vu_net *net);
+void vu_net_get_stats(const vu_net *net, uint32_t ring, struct vu_net_stats *stats);
+/* Serve one ring of a pair until `stop` (an eventfd, left unread) is readable; buffers that were taken and not used are
+ * given back. 0, or a negative code when the ring broke. kick: eventfd, or -1 for a ring that is polled. One thread a
+ * ring. [touches] */
+int vu_net_receive(vu_net *net, uint32_t pair, vu_queue *queue, int kick, int stop);
+int vu_net_transmit(vu_net *net, uint32_t pair, vu_queue *queue, int kick, int stop);
+/* The same for a ring that is started and disabled: what is transmitted goes nowhere. [touches] */
+int vu_net_discard(vu_queue *queue, int kick, int stop);
 
 /* ---- a load of block requests, for measurements (load.c) --------------------------------------------------- */
 

@@ -240,6 +240,14 @@ void vu_inflight_packed_finish(struct vu_inflight_queue *queue, const struct vu_
     store8(&queue->packed->entries[slot->entry].inflight, 0);
 }
 
+/* In this order a crash in between leaves it either taken or free: recovery forgets what is in the list of free ones. */
+void vu_inflight_packed_untake(struct vu_inflight_queue *queue, const struct vu_slot *slot)
+{
+    vu_inflight_packed_link(queue, slot);
+    vu_store16_release(&queue->packed->old_free_head, slot->entry);
+    vu_inflight_packed_finish(queue, slot);
+}
+
 /* The index last: as long as it differs, whoever recovers takes all three from what is new. */
 void vu_inflight_packed_seal(struct vu_inflight_queue *queue, struct vu_place used)
 {

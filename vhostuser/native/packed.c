@@ -215,6 +215,7 @@ static int pop_resubmitted(vu_queue *queue, vu_chain **chains, uint32_t max, vol
         if (code)
             return code;
         hold(queue, slot, &chains[*done]);
+        slot->again = true;
         queue->resubmit_next++;
         *done = *done + 1;
     }
@@ -270,6 +271,20 @@ static int pop(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32
         *done = *done + 1;
     }
     return 0;
+}
+
+/* What a process before us had taken stays taken: the region names it once more. */
+static void unpop(vu_queue *queue, const struct vu_slot *slot)
+{
+    if (slot->again) {
+        queue->resubmit_next--;
+        return;
+    }
+    queue->packed.held -= slot->chain.descriptors;
+    queue->packed.next_avail = vu_place_before(queue->packed.next_avail, slot->chain.descriptors, queue->size);
+    keep_base(queue);
+    if (queue->inflight.packed)
+        vu_inflight_packed_untake(&queue->inflight, slot);
 }
 
 /* ---- push ---------------------------------------------------------------------------------------------- */
@@ -418,4 +433,4 @@ static void spans(const vu_queue *queue, struct vu_span found[3])
     found[2] = (struct vu_span){(uintptr_t)queue->packed.device, sizeof *queue->packed.device};
 }
 
-const struct vu_format vu_packed = {setup, start, pop, push, wants_call, arm, disarm, spans};
+const struct vu_format vu_packed = {setup, start, pop, unpop, push, wants_call, arm, disarm, spans};

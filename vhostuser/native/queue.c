@@ -132,6 +132,11 @@ const vu_map *vu_queue_map(const vu_queue *queue)
     return queue->map;
 }
 
+uint32_t vu_queue_size(const vu_queue *queue)
+{
+    return queue->size;
+}
+
 vu_touch *vu_queue_touch(const vu_queue *queue)
 {
     return queue->touch;
@@ -180,6 +185,7 @@ static vu_segment *outgrow(vu_queue *queue, struct vu_slot *slot)
 void vu_slot_begin(struct vu_slot *slot, uint16_t head)
 {
     vu_chain *chain = &slot->chain;
+    slot->again = false;
     if (!slot->capacity) {
         chain->segments = slot->few;
         slot->capacity = VU_SLOT_SEGMENTS;
@@ -348,6 +354,24 @@ int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max)
     if (count)
         count_popped(queue, chains, count);
     return count ? (int)count : code;
+}
+
+static int unpop_guarded(vu_queue *queue, vu_chain *const *chains, uint32_t count)
+{
+    struct vu_guard guard;
+    ENTER(queue, guard, TAKING);
+    for (uint32_t i = 0; i < count; i++)
+        queue->format->unpop(queue, (const struct vu_slot *)chains[count - 1 - i]);
+    return leave(queue, &guard, TAKING, 0);
+}
+
+int vu_queue_unpop(vu_queue *queue, vu_chain *const *chains, uint32_t count)
+{
+    int code = unpop_guarded(queue, chains, count);
+    for (uint32_t i = 0; i < count; i++)
+        release(queue, chains[i]);
+    vu_add(&queue->out, -(uint64_t)count);
+    return code;
 }
 
 static int push_guarded(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)

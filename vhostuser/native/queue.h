@@ -128,6 +128,13 @@ static inline struct vu_place vu_place_after(struct vu_place place, uint32_t cou
     return (struct vu_place){(uint16_t)(turned ? index - size : index), place.wrap != turned};
 }
 
+/* As long before it. */
+static inline struct vu_place vu_place_before(struct vu_place place, uint32_t count, uint32_t size)
+{
+    bool turned = count > place.index;
+    return (struct vu_place){(uint16_t)(place.index - count + (turned ? size : 0)), place.wrap != turned};
+}
+
 /* How far it is from one place on to another, 0 to size - 1 within a turn, size if they differ in the turn alone. */
 static inline uint32_t vu_place_distance(struct vu_place from, struct vu_place to, uint32_t size)
 {
@@ -199,6 +206,8 @@ void vu_inflight_packed_link(struct vu_inflight_queue *queue, const struct vu_sl
 void vu_inflight_packed_move(struct vu_inflight_queue *queue, struct vu_place used);
 void vu_inflight_packed_finish(struct vu_inflight_queue *queue, const struct vu_slot *slot);
 void vu_inflight_packed_seal(struct vu_inflight_queue *queue, struct vu_place used);
+/* The chain that was taken last was not. */
+void vu_inflight_packed_untake(struct vu_inflight_queue *queue, const struct vu_slot *slot);
 
 /* ---- the queue -------------------------------------------------------------------------------------------------- */
 
@@ -216,6 +225,7 @@ struct vu_slot {
     uint16_t last;     /* packed: its last entry there */
     bool out;
     _Atomic uint64_t since; /* when it was popped, in nanoseconds; 0: it is not out */
+    bool again; /* a process before us had taken it */
     vu_segment few[VU_SLOT_SEGMENTS]; /* a block request of one page needs three */
 };
 
@@ -322,6 +332,7 @@ struct vu_format {
     int (*setup)(vu_queue *queue, const struct vu_ring *ring);
     int (*start)(vu_queue *queue);
     int (*pop)(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32_t *done);
+    void (*unpop)(vu_queue *queue, const struct vu_slot *slot); /* of the chain that was popped last */
     int (*push)(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count);
     bool (*wants_call)(vu_queue *queue);
     int (*arm)(vu_queue *queue);

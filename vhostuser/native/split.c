@@ -113,7 +113,7 @@ static int pop_resubmitted(vu_queue *queue, vu_chain **chains, uint32_t max, vol
         int code = take(queue, queue->resubmit[queue->resubmit_next].head, &chains[*done]);
         if (code)
             return code;
-        queue->resubmit_next++;
+        queue->slots[queue->resubmit[queue->resubmit_next++].head].again = true;
         *done = *done + 1;
     }
     return 0;
@@ -160,6 +160,19 @@ static int pop(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32
         *done = i + 1;
     }
     return 0;
+}
+
+/* What a process before us had taken stays taken: the region names it once more. */
+static void unpop(vu_queue *queue, const struct vu_slot *slot)
+{
+    if (slot->again) {
+        queue->resubmit_next--;
+        return;
+    }
+    uint16_t next = (uint16_t)atomic_load_explicit(&queue->base, memory_order_relaxed);
+    atomic_store_explicit(&queue->base, (uint16_t)(next - 1), memory_order_relaxed);
+    if (queue->inflight.split)
+        vu_inflight_finish(&queue->inflight, slot->chain.head);
 }
 
 /* ---- push ---------------------------------------------------------------------------------------------- */
@@ -251,4 +264,4 @@ static void spans(const vu_queue *queue, struct vu_span found[3])
     found[2] = (struct vu_span){(uintptr_t)queue->used, vu_used_bytes(queue->size)};
 }
 
-const struct vu_format vu_split = {setup, start, pop, push, wants_call, arm, disarm, spans};
+const struct vu_format vu_split = {setup, start, pop, unpop, push, wants_call, arm, disarm, spans};

@@ -1,0 +1,285 @@
+/*
+ * The network engine and the mailbox as a plain program, for the sanitizers.
+ *
+ *     net SEED ROUNDS
+ *
+ * Random chains and random headers go through two ports of a hub, part of guest memory being lost in some rounds; then
+ * threads fill one mailbox while another empties it. What is right frame by frame is judged by the tests in Python; here
+ * that no input touches memory that is not ours, that every buffer comes back, and that what arrives is whole and in order.
+ * Exit status 0, or a line on stderr and 1.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "mailbox.h"
+
+#define CHECK(condition)                                                       \
+    do {                                                                       \
+        if (!(condition)) {                                                    \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
+            exit(1);                                                           \
+        }                                                                      \
+    } while (0)
+
+enum { RING = 64, SAFE = 1 << 20, FRAGILE = 1 << 17, FRAGILE_AT = 1 << 24, BUFFERS = 1 << 18 };
+
+/* xorshift64*: the same sequence on every machine. */
+static uint64_t state;
+
+static uint64_t any(void)
+{
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return state * UINT64_C(2685821657736338717);
+}
+
+static uint64_t below(uint64_t limit)
+{
+    return any() % limit;
+}
+
+/* ---- random chains ------------------------------------------------------------------------------------------------------ */
+
+struct guest {
+    int fds[2];
+    vu_map *map;
+    vu_driver *driver;
+    vu_queue *queue;
+};
+
+static void open_guest(struct guest *guest, uint64_t features)
+{
+    static const uint64_t at[2] = {0, FRAGILE_AT}, size[2] = {SAFE, FRAGILE};
+    vu_region *regions[2];
+    int error;
+    for (int i = 0; i < 2; i++) {
+        guest->fds[i] = memfd_create("guest", MFD_CLOEXEC);
+        CHECK(ftruncate(guest->fds[i], (off_t)size[i]) == 0);
+        regions[i] = vu_region_map(guest->fds[i], at[i], size[i], at[i], 0, 0, &error);
+        CHECK(regions[i]);
+    }
+    CHECK(guest->map = vu_map_new(regions, 2, &error));
+    for (int i = 0; i < 2; i++)
+        vu_region_put(regions[i]);
+    unsigned indirect = features & 1 ? VU_DRIVER_INDIRECT : 0, packed = features & 2;
+    CHECK(guest->driver = vu_driver_new(guest->map, 0, RING, indirect | (packed ? VU_DRIVER_PACKED : 0), &error));
+    struct vu_ring ring = {.size = RING,
+                           .flags = VU_RING_GUEST_ADDR | VU_RING_INDIRECT | (packed ? VU_RING_PACKED : 0),
+                           .base = packed ? 1u << 15 | 1u << 31 : 0,
+                           .desc = vu_driver_desc(guest->driver),
+                           .avail = vu_driver_avail(guest->driver),
+                           .used = vu_driver_used(guest->driver)};
+    CHECK(guest->queue = vu_queue_new(guest->map, &ring, NULL, NULL, &error));
+}
+
+static void close_guest(struct guest *guest)
+{
+    vu_queue_free(guest->queue);
+    vu_driver_free(guest->driver);
+    vu_map_put(guest->map);
+    close(guest->fds[0]);
+    close(guest->fds[1]);
+}
+
+/* Somewhere in memory: mostly in the region that stays. */
+static uint64_t somewhere(uint32_t length)
+{
+    if (below(8) == 0 && length < FRAGILE)
+        return FRAGILE_AT + below(FRAGILE - length);
+    return BUFFERS + below(SAFE - BUFFERS - length);
+}
+
+static uint32_t some_length(void)
+{
+    static const uint32_t limits[] = {1, 3, 16, 100, 2000, 70000};
+    return (uint32_t)below(limits[below(6)]);
+}
+
+static bool offer(struct guest *guest, bool transmit)
+{
+    vu_buffer buffers[8];
+    uint32_t count = 1 + (uint32_t)below(8), writable = transmit ? count - (below(16) == 0) : (uint32_t)(below(16) == 0);
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t length = some_length();
+        buffers[i] = (vu_buffer){somewhere(length), length, i >= writable};
+    }
+    return vu_driver_add(guest->driver, buffers, count) >= 0;
+}
+
+/* A header like those that drivers write, so that frames get further than the first check. */
+static void put_header(struct guest *guest)
+{
+    struct virtio_net_hdr header = {.flags = (uint8_t)below(2), .gso_type = (uint8_t)(below(3) ? 0 : any())};
+    header.gso_size = (uint16_t)below(3000);
+    header.csum_start = (uint16_t)below(200);
+    header.csum_offset = (uint16_t)below(40);
+    for (uint64_t at = BUFFERS; at + 64 < SAFE; at += 1 + below(200))
+        vu_map_write(guest->map, at, &header, sizeof header);
+}
+
+static uint32_t take_all(struct guest *guest)
+{
+    uint32_t count = 0, length;
+    uint16_t head;
+    int code;
+    while ((code = vu_driver_take(guest->driver, &head, &length)) > 0)
+        count++;
+    CHECK(code == 0);
+    return count;
+}
+
+static uint64_t some_features(void)
+{
+    uint64_t features = any() & (any() | any());
+    return below(2) ? features | UINT64_C(1) << 32 | 1 << VIRTIO_NET_F_MRG_RXBUF : features;
+}
+
+static void judge(const struct guest *guest, const vu_chain *chain)
+{
+    for (uint32_t i = 0; i < chain->readable_count + chain->writable_count; i++)
+        CHECK(vu_map_guest(guest->map, chain->segments[i].guest, chain->segments[i].length) == chain->segments[i].host);
+}
+
+static void exchange(int stop)
+{
+    uint64_t features = some_features();
+    struct guest one, other;
+    int error;
+    uint32_t sent = 0, posted = 0;
+    vu_chain *chains[RING];
+    vu_hub *hub = vu_hub_new(2, 1, below(2) ? VU_HUB_LEARN : 0, &error);
+    CHECK(hub);
+    vu_net *from = vu_net_new(&(struct vu_net_config){vu_hub_port(hub, 0), features, 1, 0}, &error);
+    vu_net *to = vu_net_new(&(struct vu_net_config){vu_hub_port(hub, 1), some_features(), 1, 0}, &error);
+    CHECK(from && to);
+    open_guest(&one, any());
+    open_guest(&other, any());
+    put_header(&one);
+    while (sent < RING && offer(&one, true))
+        sent++;
+    while (posted < RING && offer(&other, false))
+        posted++;
+    vu_driver_publish(one.driver);
+    vu_driver_publish(other.driver);
+    if (below(4) == 0) /* what was mapped is gone */
+        CHECK(ftruncate(one.fds[1], 0) == 0 && ftruncate(other.fds[1], 4096) == 0);
+    CHECK(vu_net_transmit(from, 0, one.queue, -1, stop) == 0);
+    CHECK(take_all(&one) == sent && vu_queue_out(one.queue) == 0);
+    CHECK(vu_net_receive(to, 0, other.queue, -1, stop) == 0);
+    CHECK(vu_queue_out(other.queue) == 0);
+    uint32_t used = take_all(&other); /* what was not used was given back: it comes again, and nothing else */
+    CHECK(vu_queue_pop(other.queue, chains, RING) == (int)(posted - used));
+    for (uint32_t i = 0; i < posted - used; i++)
+        judge(&other, chains[i]);
+    CHECK(vu_queue_unpop(other.queue, chains, posted - used) == 0);
+    CHECK(vu_net_discard(other.queue, -1, stop) == 0);
+    close_guest(&one);
+    close_guest(&other);
+    vu_net_free(from);
+    vu_net_free(to);
+    vu_hub_free(hub);
+}
+
+/* ---- one mailbox, many threads ---------------------------------------------------------------------------------------- */
+
+enum { SENDERS = 3, FRAMES = 20000 };
+
+struct sender {
+    struct vu_mailbox *box;
+    vu_map *map;
+    uint32_t number;
+    uint64_t seed;
+};
+
+/* Waits for its turn rather than lose frames, so that the receiver can tell that none is missing. */
+static bool has_room(struct vu_mailbox *box)
+{
+    return atomic_load(&box->tail) - atomic_load(&box->head) < VU_MAILBOX_SLOTS / 2;
+}
+
+static void *send_all(void *of)
+{
+    struct sender *sender = of;
+    uint32_t words[512];
+    uint64_t dice = sender->seed;
+    for (uint32_t n = 0; n < FRAMES;) {
+        if (!has_room(sender->box)) {
+            sched_yield();
+            continue;
+        }
+        dice = dice * UINT64_C(6364136223846793005) + 1;
+        uint32_t length = 8 + 4 * (uint32_t)(dice >> 33) % 500 / 4 * 4;
+        for (uint32_t i = 0; i < length / 4; i++)
+            words[i] = i == 0 ? sender->number : n;
+        vu_segment segment = {(uint8_t *)words, length, 0};
+        struct vu_packet packet = {.drop = VU_DROP_NONE, .count = 1, .length = length, .segments = &segment};
+        vu_mailbox_put(sender->box, sender->map, &packet, 1);
+        n++;
+    }
+    return NULL;
+}
+
+static void receive_all(struct vu_mailbox *box)
+{
+    uint32_t next[SENDERS] = {0}, total = 0;
+    struct vu_frame frames[VU_NET_BATCH];
+    while (total < SENDERS * FRAMES) {
+        uint32_t count = vu_mailbox_look(box, frames, 1 + (uint32_t)below(VU_NET_BATCH));
+        for (uint32_t i = 0; i < count; i++) {
+            uint32_t words[512];
+            memcpy(words, frames[i].bytes, frames[i].length);
+            CHECK(words[0] < SENDERS);
+            for (uint32_t n = 1; n < frames[i].length / 4; n++)
+                CHECK(words[n] == next[words[0]]);
+            next[words[0]]++;
+        }
+        vu_mailbox_take(box, count);
+        total += count;
+        struct pollfd fd = {.fd = box->event, .events = POLLIN};
+        if (!count && !vu_mailbox_arm(box)) {
+            CHECK(poll(&fd, 1, 60000) == 1); /* a lost wake-up would be seen here */
+            vu_mailbox_woken(box);
+        }
+    }
+    CHECK(atomic_load(&box->full) == 0);
+}
+
+static void crowd(void)
+{
+    static struct vu_mailbox box;
+    struct sender senders[SENDERS];
+    pthread_t threads[SENDERS];
+    int error;
+    vu_map *map = vu_map_new(NULL, 0, &error);
+    CHECK(map && vu_mailbox_open(&box) == 0);
+    for (uint32_t i = 0; i < SENDERS; i++) {
+        senders[i] = (struct sender){&box, map, i, any()};
+        CHECK(pthread_create(&threads[i], NULL, send_all, &senders[i]) == 0);
+    }
+    receive_all(&box);
+    for (uint32_t i = 0; i < SENDERS; i++)
+        pthread_join(threads[i], NULL);
+    vu_mailbox_close(&box);
+    vu_map_put(map);
+}
+
+int main(int argc, char **argv)
+{
+    CHECK(argc == 3);
+    state = strtoull(argv[1], NULL, 0) | 1;
+    int stop = eventfd(1, 0);
+    for (long round = 0; round < strtol(argv[2], NULL, 0); round++)
+        exchange(stop);
+    crowd();
+    close(stop);
+    puts("ok");
+    return 0;
+}

@@ -1,0 +1,79 @@
+"""Bytes over TCP between a guest and the host: how the bench knows that none was lost or changed.
+
+What belongs here: both directions, told by checksums. The host's side runs as a process of its own, in a network
+namespace: ``python -m vhostuser.tools.lab.transfer send|receive ADDRESS PORT MEBIBYTES``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import socket
+import sys
+import time
+
+from vhostuser.tools.lab.guest import Guest
+from vhostuser.tools.lab.namespace import Namespace
+
+PORT = 5000
+
+# A busybox nc that reaches the end of its input ends the connection: this one never does.
+HOLD = "[ -p /tmp/hold ] || mkfifo /tmp/hold"
+
+
+def guest_receives(address: str, port: int = PORT) -> str:
+    """A command for the guest: connects to ``address``, tells the MD5 of what comes until the other side ends."""
+    return f"{HOLD}; nc {address} {port} <>/tmp/hold | md5sum"
+
+
+async def host_sends(guest: Guest, address: str, host: Namespace, mebibytes: int) -> bool:
+    """Whether the guest gets what the host's side, at ``address``, sends to it."""
+    sending = asyncio.ensure_future(_run(host, "send", address, mebibytes))
+    while not await asyncio.to_thread(_listens, host):
+        assert not sending.done(), sending.result()
+    got = await guest.run(guest_receives(address), within=120)
+    return got.split()[0] == await sending
+
+
+async def guest_sends(guest: Guest, address: str, host: Namespace, mebibytes: int) -> bool:
+    """Whether the host's side gets what the guest, at ``address``, sends to it."""
+    made = await guest.run(f"head -c {mebibytes << 20} /dev/urandom >/tmp/data; md5sum </tmp/data")
+    guest.start(f"nc -l -p {PORT} </tmp/data")
+    return await _run(host, "receive", address, mebibytes) == made.split()[0]
+
+
+async def _run(host: Namespace, what: str, address: str, mebibytes: int) -> str:
+    command = (sys.executable, "-P", "-m", __name__, what, address, str(PORT), str(mebibytes))
+    return (await asyncio.to_thread(host.run, *command, within=120)).strip()
+
+
+def _listens(host: Namespace) -> bool:
+    return f":{PORT}" in host.run("ss", "-Hltn", f"sport = :{PORT}")
+
+
+def _send(address: str, port: int, mebibytes: int) -> str:
+    data = random.Random(port).randbytes(mebibytes << 20)
+    with socket.create_server((address, port)) as server, server.accept()[0] as connection:
+        connection.sendall(data)
+    return hashlib.md5(data).hexdigest()
+
+
+def _receive(address: str, port: int, mebibytes: int) -> str:
+    while True:
+        try:
+            connection = socket.create_connection((address, port), timeout=60)
+        except ConnectionRefusedError:  # the other side does not listen yet
+            time.sleep(0.05)
+            continue
+        break
+    digest, left = hashlib.md5(), mebibytes << 20
+    with connection:
+        while left and (data := connection.recv(1 << 16)):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    print({"send": _send, "receive": _receive}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

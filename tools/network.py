@@ -1,0 +1,131 @@
+"""The program behind ``vhostuser-net``: serves a network interface to a virtual machine.
+
+What belongs here: the options of the interface and of its end. What does not: those that every back-end program has
+(``service``), what an end is (``vhostuser.devices.ends``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from typing import Final, NoReturn
+
+from vhostuser.devices.ends import End, EndError, Sink, Source, Tap, loopback
+from vhostuser.devices.net import MTU_LEAST, MTU_MOST, POLL_US, Net, NetSettings, local_mac
+from vhostuser.tools import service
+from vhostuser.tools.service import Failure, Parser, number
+
+_MOST_PAIRS = 128
+
+
+def serve(program: str, arguments: Sequence[str]) -> NoReturn:
+    """Runs until a signal or the last front-end ends it; ends the process."""
+    service.serve(_parser(program), arguments, _interface)
+
+
+def _parser(program: str) -> Parser:
+    parser = Parser(program, "Serves a network interface to a virtual machine over vhost-user.")
+    parser.add_argument(
+        "--end",
+        metavar="KIND[:WHAT]",
+        type=_end,
+        required=True,
+        help="where frames go: tap:NAME, tap:fd=N[,N...], loopback, sink, source[:BYTES]",
+    )
+    parser.add_argument("--mac", metavar="ADDRESS", type=_mac, default=None, help="default: a random one")
+    parser.add_argument("--mtu", metavar="BYTES", type=number(MTU_LEAST, MTU_MOST), default=1500, help="default 1500")
+    parser.add_argument("--queue-pairs", metavar="N", type=number(1, _MOST_PAIRS), default=1, help="default 1")
+    parser.add_argument(
+        "--queue-size",
+        metavar="N",
+        type=number(2, 32768, power_of_two=True),
+        default=1024,
+        help="largest ring accepted, default 1024",
+    )
+    parser.add_argument("--speed", metavar="MBPS", type=number(1, 1 << 30), default=10_000, help="default 10000")
+    parser.add_argument(
+        "--poll-us", metavar="N", type=number(0, 10000), default=POLL_US, help="poll an idle ring so long"
+    )
+    parser.add_argument("--print-capabilities", action="store_true", help="print the capabilities as JSON and exit")
+    return parser
+
+
+def _interface(options: argparse.Namespace) -> Net:
+    settings = NetSettings(
+        mac=options.mac or local_mac(),
+        mtu=options.mtu,
+        queue_size=options.queue_size,
+        speed=options.speed,
+        poll_us=options.poll_us,
+    )
+    try:
+        return Net(options.end(options.queue_pairs), settings)
+    except EndError as error:
+        raise Failure(str(error)) from None
+
+
+# ---- values
+
+
+MakeEnd = Callable[[int], End]
+"""Makes an end of so many pairs. Raises EndError."""
+
+
+def _end(text: str) -> MakeEnd:
+    kind, _, what = text.partition(":")
+    if kind not in _KINDS:
+        raise argparse.ArgumentTypeError(f"there is no kind of end {kind!r}, only {', '.join(_KINDS)}")
+    return _KINDS[kind](what)
+
+
+def _tap(what: str) -> MakeEnd:
+    if what.startswith("fd="):
+        numbers = what.removeprefix("fd=").split(",")
+        if not all(map(str.isdecimal, numbers)):
+            raise argparse.ArgumentTypeError(f"{what!r} is not fd=N or fd=N,N...")
+        return lambda pairs: _passed(list(map(int, numbers)), pairs)
+    if not re.fullmatch(r"[^/\s]{1,15}", what):
+        raise argparse.ArgumentTypeError(f"tap:NAME needs the name of an interface, at most 15 bytes, not {what!r}")
+    return lambda pairs: Tap(what, pairs)
+
+
+def _passed(fds: list[int], pairs: int) -> Tap:
+    if pairs not in (1, len(fds)):
+        raise EndError(f"{pairs} queue pairs, but {len(fds)} descriptors of the tap")
+    return Tap(fds=fds)
+
+
+def _source(what: str) -> MakeEnd:
+    size = int(what) if what.isdecimal() else 0 if what else 64
+    if size not in Source.SIZES:
+        raise argparse.ArgumentTypeError(f"source:BYTES, from {Source.SIZES[0]} to {Source.SIZES[-1]}, not {what!r}")
+    return lambda pairs: Source(pairs, size)
+
+
+def _plain(make: MakeEnd) -> Callable[[str], MakeEnd]:
+    def parse(what: str) -> MakeEnd:
+        if what:
+            raise argparse.ArgumentTypeError(f"this kind of end takes nothing behind it, not {what!r}")
+        return make
+
+    return parse
+
+
+_KINDS: Final[dict[str, Callable[[str], MakeEnd]]] = {
+    "tap": _tap,
+    "loopback": _plain(loopback),
+    "sink": _plain(Sink),
+    "source": _source,
+}
+
+
+def _mac(text: str) -> bytes:
+    octets = text.split(":")
+    try:
+        mac = bytes(int(octet, 16) for octet in octets if len(octet) <= 2)
+    except ValueError:
+        mac = b""
+    if len(octets) != 6 or len(mac) != 6 or mac[0] & 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an address of one station such as 52:54:00:12:34:56")
+    return mac

@@ -1,0 +1,156 @@
+/*
+ * The inside of the network engine: what its rings (net_transmit.c, net_receive.c), the rules for frames (net.c) and the
+ * ends (end_*.c) share.
+ *
+ * Directions are the guest's: it transmits to the end and receives from it.
+ */
+#ifndef VHOSTUSER_NET_H
+#define VHOSTUSER_NET_H
+
+#include <linux/virtio_net.h>
+
+#include "engine.h"
+
+enum {
+    VU_NET_HEADER = sizeof(struct virtio_net_hdr), /* without num_buffers, which only stands between us and the guest */
+    VU_NET_ETHER = 14,
+    VU_NET_VERSION_1 = 32, /* the feature bit VIRTIO_F_VERSION_1 */
+    VU_NET_FRAME_MOST = 65535 + VU_NET_ETHER + 8, /* an IP packet, two VLAN tags */
+    VU_NET_BATCH = 64,                            /* frames moved at once */
+    VU_NET_HELD = 1024,                           /* chains that a ring's thread has at once; a power of two */
+    VU_NET_COUNTERS = sizeof(struct vu_net_stats) / sizeof(uint64_t),
+};
+
+#define VU_NET_COUNTER(name) (offsetof(struct vu_net_stats, name) / sizeof(uint64_t))
+
+/* Why a frame was dropped, in the order of the counters behind dropped_header. */
+enum vu_drop {
+    VU_DROP_HEADER,
+    VU_DROP_RUNT,
+    VU_DROP_OVERSIZE,
+    VU_DROP_CHECKSUM,
+    VU_DROP_SEGMENTATION,
+    VU_DROP_FAULT,
+    VU_DROP_REFUSED,
+    VU_DROP_FULL,
+    VU_DROP_ROOM,
+    VU_DROPS,
+    VU_DROP_NONE = VU_DROPS,
+};
+
+/* A frame on its way from the guest, judged. Its bytes are still guest memory, which may change or go at any time. */
+struct vu_packet {
+    struct virtio_net_hdr header;  /* ours */
+    uint8_t ether[VU_NET_ETHER];   /* ours: the frame's first bytes as they were when it was judged */
+    uint8_t drop;                  /* of the end: VU_DROP_NONE, or why it did not take the frame */
+    uint16_t chain;                /* of the transmitter: which of the chains it came in */
+    uint32_t count;                /* segments */
+    uint32_t skip;                 /* bytes of segments[0] in front of the frame: less than its length */
+    uint32_t length;               /* bytes of the frame */
+    const vu_segment *segments;
+};
+
+/* A frame on its way to the guest, in memory of the end. */
+struct vu_frame {
+    struct virtio_net_hdr header;
+    uint8_t *bytes;
+    uint32_t length;
+};
+
+/* What an end does. Of each pair one thread receives and one thread sends, both at once; and any thread may inject. */
+struct vu_end_kind {
+    /* The frames that are there, the oldest first: how many. They stay until they are taken. Never blocks. */
+    uint32_t (*look)(vu_end *end, uint32_t pair, struct vu_frame *frames, uint32_t max);
+    /* The first `count` of those are done with. */
+    void (*take)(vu_end *end, uint32_t pair, uint32_t count);
+    /* The receiver is about to sleep on its descriptor: true if a frame has come meanwhile. After the sleep, woken. */
+    bool (*arm)(vu_end *end, uint32_t pair);
+    void (*woken)(vu_end *end, uint32_t pair);
+    /* Readable when a frame has come; -1: frames never come, or always are there. */
+    int (*receive_fd)(const vu_end *end, uint32_t pair);
+    /* Frames for this pair that were lost for want of room, since last asked. */
+    uint64_t (*lost)(vu_end *end, uint32_t pair);
+    /* A thread receives for the pair from here on, or no longer. */
+    void (*attend)(vu_end *end, uint32_t pair, bool on);
+    /* Sends frames, in their order: how many were taken, dropped ones among them; fewer where there is no room now. */
+    uint32_t (*send)(vu_end *end, uint32_t pair, const vu_map *map, struct vu_packet *packets, uint32_t count);
+    /* Writable when there is room again; -1: send takes everything. */
+    int (*send_fd)(const vu_end *end, uint32_t pair);
+    /* A frame of our own, without offloads: false if it was not taken. Never blocks. */
+    bool (*inject)(vu_end *end, const uint8_t *bytes, uint32_t length);
+    /* What the guest's driver accepts from here on. */
+    int (*accept)(vu_end *end, uint64_t features);
+    /* Forgets frames that are there. Nobody receives meanwhile. */
+    void (*flush)(vu_end *end);
+    void (*free)(vu_end *end);
+};
+
+/* For kinds that have nothing to do there. */
+bool vu_end_never_arms(vu_end *end, uint32_t pair);
+void vu_end_is_woken(vu_end *end, uint32_t pair);
+int vu_end_has_no_receive_fd(const vu_end *end, uint32_t pair);
+uint64_t vu_end_loses_none(vu_end *end, uint32_t pair);
+void vu_end_is_attended(vu_end *end, uint32_t pair, bool on);
+int vu_end_has_no_send_fd(const vu_end *end, uint32_t pair);
+int vu_end_accepts_all(vu_end *end, uint64_t features);
+void vu_end_flushes_none(vu_end *end);
+
+struct vu_end {
+    const struct vu_end_kind *kind;
+    uint32_t pairs;
+};
+
+struct vu_net {
+    struct vu_net_config config;
+    uint32_t header; /* bytes in front of each frame in guest memory: 10 or 12 */
+    bool mergeable;
+    _Atomic uint64_t (*counters)[VU_NET_COUNTERS]; /* of each ring, in the order of struct vu_net_stats */
+};
+
+static inline bool vu_net_has(const vu_net *net, unsigned feature)
+{
+    return net->config.features >> feature & 1;
+}
+
+/* ---- rules for frames (net.c) -------------------------------------------------------------------------------------- */
+
+/* Reads the header of what the guest transmits, and judges it: VU_DROP_NONE, or why it is dropped. Inside a guard. */
+enum vu_drop vu_net_parse(const vu_net *net, const vu_chain *chain, struct vu_packet *packet);
+/* Makes a frame into one that the guest's driver accepts: VU_DROP_NONE, or why that cannot be. */
+enum vu_drop vu_net_fit(const vu_net *net, struct vu_frame *frame);
+/* Adds the tally to the ring's counters, and clears it. */
+void vu_net_settle(vu_net *net, uint32_t ring, struct vu_net_stats *tally);
+static inline void vu_net_count_drop(struct vu_net_stats *tally, enum vu_drop why)
+{
+    ((uint64_t *)tally)[VU_NET_COUNTER(dropped_header) + why]++;
+}
+
+/* ---- chains that a thread has taken and not yet used (net_held.c) --------------------------------------------------- */
+
+/* In the order in which they were taken, and used in that order too: nothing else can be given back at a stop. */
+struct vu_held {
+    uint32_t first, count;
+    uint32_t ready; /* how many of them, from the first on, have all their pages */
+    vu_chain *chains[VU_NET_HELD];
+};
+
+static inline vu_chain *vu_held_at(const struct vu_held *held, uint32_t n)
+{
+    return held->chains[(held->first + n) & (VU_NET_HELD - 1)];
+}
+
+/* Takes more, at most so many, and those whose pages have come: how many of both, or a negative code. [touches] */
+int vu_held_fill(struct vu_held *held, struct vu_engine *engine, uint32_t most);
+/* Forgets the first n, which have been returned. */
+void vu_held_drop(struct vu_held *held, uint32_t n);
+/* Gives back all that are left. [touches] */
+int vu_held_give_back(struct vu_held *held, vu_queue *queue);
+
+/* ---- for ends (end.c) ------------------------------------------------------------------------------------------------ */
+
+/* Copies each packet out of guest memory to where `to` says; a packet that is gone is marked as dropped. [touches] */
+void vu_packets_copy(const vu_map *map, struct vu_packet *packets, uint8_t *const *to, uint32_t count);
+/* Vectors of a packet's bytes, behind those that are there: the new count, or more than `most` if there is no room. */
+int vu_packet_vectors(const struct vu_packet *packet, struct iovec *iov, int count, int most);
+
+#endif
