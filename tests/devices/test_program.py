@@ -26,7 +26,6 @@ from vhostuser.frontend import Frontend, FrontendRing, SharedMemory
 from vhostuser.protocol import FrontendRequest, PostcopyAck, ProtocolFeature
 
 COMMAND = [sys.executable, "-m", "vhostuser.tools.blk"]
-LOG_ALL = 1 << 26
 GET_FEATURES = struct.pack("<III", 1, 1, 0)
 # Longer than anything here takes; only a failing test waits for it.
 PATIENCE = 20
@@ -433,7 +432,7 @@ async def test_a_thread_that_waits_for_a_page_holds_up_neither_the_end_nor_the_n
     program = start(f"--socket-path={path}")
     memory = SharedMemory((0, 1 << 20))
     async with await Frontend.connect(str(path)) as frontend:
-        await frontend.negotiate(features=~LOG_ALL)
+        await frontend.negotiate()
         if not frontend.session.has(ProtocolFeature.PAGEFAULT):
             pytest.skip("userfaultfd is not permitted here")
         _, fds = await frontend.request(FrontendRequest.POSTCOPY_ADVISE)
