@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -121,6 +122,10 @@ class Channel:
                 sent = self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 await _writable(self._sock)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:  # it was hung up on before it was ever accepted
+                    raise
+                raise ConnectionResetError(error.errno, error.strerror) from None
             else:
                 rest, ancillary = rest[sent:], []
 

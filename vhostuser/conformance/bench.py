@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Need(Enum):
     DISCARD = "a block device that offers DISCARD"
     WRITE_ZEROES = "a block device that offers WRITE_ZEROES"
     TWO_RINGS = "a device with two rings or more"
+    NO_RING_255 = "a device with fewer than 256 rings"
     PROCESS = "a back-end that this suite may kill (--start)"
     USERFAULTFD = "a userfaultfd that handles kernel faults (root, or access to /dev/userfaultfd)"
 
@@ -61,11 +62,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the back-end offers and how many rings it has; looked up once."""
+    """What the back-end offers and how many rings it has; looked up once. once: it ends when its front-end has gone."""
 
     features: int = 0
     protocol_features: int = 0
     queues: int = 1
+    once: bool = False
 
     def offers(self, feature: ProtocolFeature | VirtioFeature) -> bool:
         """Is this feature among what is offered?"""
@@ -86,7 +88,8 @@ class BackendBench:
         subject = self._subject()
         try:
             async with await subject.connect() as frontend:
-                self.survey = await _look(frontend)
+                survey = await _look(frontend)
+            self.survey = replace(survey, once=await subject.leaves())
         except (VhostUserError, ConnectionError) as error:
             raise Unreachable(f"the back-end does not say what it offers: {error}") from None
         finally:
@@ -94,7 +97,8 @@ class BackendBench:
         return self.survey
 
     def _subject(self) -> Subject:
-        return Subject(self.settings.path, self.settings.command, patience=self.settings.patience)
+        settings = self.settings
+        return Subject(settings.path, settings.command, patience=settings.patience, once=self.survey.once)
 
     async def close(self) -> None:
         """Ends the processes that were kept."""
@@ -124,6 +128,9 @@ class BackendBench:
                 return device is Device.BLK and bool(features >> _BLK_WRITE_ZEROES & 1)
             case Need.TWO_RINGS:
                 return self.survey.queues > 1
+            case Need.NO_RING_255:
+                # What a network device tells are pairs.
+                return self.survey.queues * (2 if device is Device.NET else 1) < 256
             case Need.PROCESS:
                 return bool(self.settings.command)
             case Need.USERFAULTFD:

@@ -41,12 +41,13 @@ class Lane:
     """One ring with its requests. Owns the ring's eventfds.
 
     at: guest address of the requests. features: negotiated virtio features. frames: requests are frames to send, not
-    block requests. patience: seconds to wait for what must come. quiet: seconds to look on where nothing may.
+    block requests. receives: the other ring of a pair, which stays empty and is started first. patience: seconds to
+    wait for what must come. quiet: seconds to look on where nothing may.
     """
 
     def __init__(
         self, frontend: Frontend, memory: SharedMemory, index: int, queue: DriverQueue, at: int, *,
-        frames: bool, patience: float, quiet: float,
+        frames: bool, receives: FrontendRing | None, patience: float, quiet: float,
     ) -> None:  # fmt: skip
         self.frontend = frontend
         self.memory = memory
@@ -62,6 +63,7 @@ class Lane:
         self._sender = FrameSender(queue, at, features=features, slots=DEPTH) if frames else None
         self._disk = BlkDriver(queue, at, depth=DEPTH, largest=LARGEST)
         self._out = 0
+        self._receives = receives
 
     @property
     def raw(self) -> RawRing:
@@ -72,7 +74,14 @@ class Lane:
 
     async def start(self, **options: bool) -> None:
         """Sets the ring up from ``base`` on, gives its eventfds, enables it; see ``Frontend.start_ring``."""
+        await self.pair()
         await self.frontend.start_ring(self.ring, self.memory, base=self.base, **options)
+
+    async def pair(self) -> None:
+        """Starts the other ring of the pair, if that has not been done."""
+        receives, self._receives = self._receives, None
+        if receives is not None:
+            await self.frontend.start_ring(receives, self.memory)
 
     async def stop(self) -> int:
         """GET_VRING_BASE; the base, which is kept."""

@@ -21,7 +21,7 @@ from vhostuser.conformance.lane import AREA, Lane
 from vhostuser.conformance.subject import Subject
 from vhostuser.conformance.suite import Skipped, Violation, check
 from vhostuser.driverqueue import DriverQueue, RingParts
-from vhostuser.frontend import DRIVABLE_PROTOCOL, Frontend, ReplyTimeout, SharedLog, SharedMemory
+from vhostuser.frontend import DRIVABLE_PROTOCOL, Frontend, FrontendRing, ReplyTimeout, SharedLog, SharedMemory
 from vhostuser.protocol import (
     FRONTEND,
     NEED_REPLY,
@@ -41,6 +41,8 @@ MEMORY = 8 * MIB
 RINGS = 64 * 1024
 """Guest memory for each ring, from address 0 on; requests follow from 1 MiB on."""
 _HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+# With a status a back-end may serve no ring before DRIVER_OK (DPDK), which no rule about rings is to depend on.
+_PROTOCOL = DRIVABLE_PROTOCOL & ~ProtocolFeature.STATUS.mask
 PLAIN = VirtioFeature.VERSION_1.mask | VirtioFeature.PROTOCOL_FEATURES.mask
 
 
@@ -76,6 +78,7 @@ class Peer:
         self.index = 1 if net else 0
         """The ring whose requests this suite knows."""
         self._net = net
+        self._paired: tuple[Frontend, SharedMemory] | None = None
         self._owned = ExitStack()
         self._owned.callback(frontend.close)
         self._fds: set[int] = set()
@@ -105,12 +108,10 @@ class Peer:
         without: Collection[ProtocolFeature] = (), also: Collection[ProtocolFeature] = (),
     ) -> Frontend:  # fmt: skip
         """Takes VERSION_1, protocol features and these; of the protocol features all but those ``without``, and
-        ``also`` what this suite cannot drive a ring with."""
+        ``also`` what this suite does not drive a ring with."""
         wanted = PLAIN | sum(feature.mask for feature in features)
-        protocol = (DRIVABLE_PROTOCOL | sum(feature.mask for feature in also)) & ~sum(
-            feature.mask for feature in without
-        )
-        await self.frontend.negotiate(wanted, protocol)
+        protocol = _PROTOCOL | sum(feature.mask for feature in also)
+        await self.frontend.negotiate(wanted, protocol & ~sum(feature.mask for feature in without))
         return self.frontend
 
     def make_memory(self, *regions: tuple[int, int], hugetlb: bool = False) -> SharedMemory:
@@ -164,10 +165,24 @@ class Peer:
         queue = DriverQueue(self.memory.map, place, size, event_idx=event_idx, indirect=indirect)
         lane = Lane(
             self.frontend, self.memory, index, queue, MIB + index * AREA if requests is None else requests,
-            frames=self._net, patience=self.patience, quiet=self.quiet,
+            frames=self._net, receives=self._receiver(index, at), patience=self.patience, quiet=self.quiet,
         )  # fmt: skip
         self._owned.callback(lane.close)
         return lane
+
+    def _receiver(self, index: int, at: int | RingParts | None) -> FrontendRing | None:
+        """An empty ring to receive by, beside one that sends: no network driver has the one without the other, and
+        DPDK serves neither until it has both. None where guest memory has no room for it."""
+        if not self._net or index % 2 == 0 or self._paired == (self.frontend, self.memory):
+            return None
+        place = at + RINGS if isinstance(at, int) else (index - 1) * RINGS
+        regions = [entry.region for entry in self.memory.regions]
+        if not any(region.guest <= place and place + RINGS <= region.guest + region.size for region in regions):
+            return None
+        self._paired = (self.frontend, self.memory)
+        ring = FrontendRing(index - 1, DriverQueue(self.memory.map, place, 64))
+        self._owned.callback(ring.close)
+        return ring
 
     async def lane(self, *features: VirtioFeature, size: int = 64, **options: bool) -> Lane:
         """The usual opening: negotiates, shares memory, sets the ring up as ``Lane.start`` does. No kick yet."""
@@ -229,7 +244,10 @@ class Peer:
         if kind is None:
             raise Violation(f"a reply to {row} as the specification has it", f"{len(body)} bytes")
         request = row.request[0].unpack(bytes(row.request[0].sizes[0]))
-        return row.refusal.told(request, kind.unpack(body), fds)
+        try:
+            return row.refusal.told(request, kind.unpack(body), fds)
+        except ValueError as error:
+            raise Violation(f"a reply to {row} as the specification has it", str(error)) from None
 
     async def refuses(
         self, code: int, payload: Payload | bytes = b"", fds: Sequence[int] = (), *, flags: int | None = None

@@ -25,6 +25,7 @@ _IMAGE = 64 << 20
 _AGAIN = 0.01
 # A busy machine takes its time to start a program; its answers are another matter.
 _STARTING = 10.0
+_LEAVING = 0.5
 _UCRED = struct.Struct("3i")
 
 
@@ -41,11 +42,12 @@ class Process(Protocol):
 class Subject:
     """A back-end that listens on ``path``, or a process of ours, made of ``template`` by the first ``connect``.
 
-    template: see ``command_of``. patience: seconds to wait for each of its answers, and for it to listen unless we
-    start it. Owns the process and a directory for it.
+    template: see ``command_of``. once: it serves one front-end and ends, so that each connection needs a new process.
+    patience: seconds to wait for each of its answers, and for it to listen unless we start it. Owns the process and a
+    directory for it.
     """
 
-    def __init__(self, path: Path | None, template: str = "", *, patience: float) -> None:
+    def __init__(self, path: Path | None, template: str = "", *, patience: float, once: bool = False) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="conform-")
         directory = Path(self._directory.name)
         self._command: Sequence[str] = ()
@@ -54,6 +56,7 @@ class Subject:
         assert path is not None
         self._path = path
         self._patience = patience
+        self._once = once
         self._output = directory / "output"
         self._process: Process | None = None
         self._visited = False
@@ -63,6 +66,8 @@ class Subject:
 
     async def connect(self) -> Frontend:
         """A new connection; starts the process if it does not run. Raises Unreachable."""
+        if self._once and self._visited:
+            await self._ended(self._patience)
         if self._command and not self.lives:
             self._check_end()
             await self._start()
@@ -134,6 +139,11 @@ class Subject:
             async with asyncio.timeout(within):
                 if self._process is not None:
                     await self._process.wait()
+
+    async def leaves(self) -> bool:
+        """Did our process end by itself, well, now that its front-end has gone?"""
+        await self._ended(_LEAVING)
+        return self._process is not None and self._process.returncode == 0
 
     @property
     def lives(self) -> bool:

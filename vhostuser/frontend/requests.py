@@ -263,5 +263,8 @@ def _abandon(answered: asyncio.Future[Answered]) -> None:
 
 
 def _name(sock: socket.socket) -> str:
-    path = sock.getpeername() or sock.getsockname()
+    try:
+        path = sock.getpeername() or sock.getsockname()
+    except OSError:  # it has hung up; the first request will say so
+        path = ""
     return str(path) if path else "the back-end"

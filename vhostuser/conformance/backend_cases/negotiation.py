@@ -5,7 +5,15 @@ from __future__ import annotations
 from vhostuser.conformance.bench import Need
 from vhostuser.conformance.peer import PLAIN, Peer
 from vhostuser.conformance.suite import Theme, check, equal
-from vhostuser.protocol import NEED_REPLY, U64, VERSION, FrontendRequest, ProtocolFeature, VirtioFeature
+from vhostuser.protocol import (
+    NEED_REPLY,
+    U64,
+    VERSION,
+    FrontendRequest,
+    ProtocolFeature,
+    VirtioFeature,
+    VringState,
+)
 
 F, P, V = FrontendRequest, ProtocolFeature, VirtioFeature
 CASES: Theme[Peer] = Theme("features", "Communication")
@@ -57,7 +65,8 @@ async def _(peer: Peer) -> None:
 @CASES.must("owner-first", "SET_OWNER may be the first message, or come after the features.", ACK)
 async def _(peer: Peer) -> None:
     await peer.send(F.SET_OWNER)
-    await peer.negotiate()
+    await peer.frontend.get_features()
+    await peer.frontend.set_features(PLAIN)
     await peer.answers()
 
 
@@ -93,7 +102,7 @@ async def _(peer: Peer) -> None:
 @CASES.must("subset", "A front-end that wants no protocol feature but REPLY_ACK is served.", ACK)
 async def _(peer: Peer) -> None:
     await peer.frontend.negotiate(PLAIN, ACK.mask)
-    await peer.accepts(F.SET_OWNER)
+    await peer.accepts(F.SET_VRING_NUM, VringState(0, 64))
 
 
 @CASES.must("none", "A front-end that wants no protocol feature is served.", BIT_30)
