@@ -1,0 +1,76 @@
+"""Who is tried, one row each: the program, the package that it is from, how it is started.
+
+What belongs here: facts about programs. What does not: starting them (``run``), what they do wrong
+(tests/conformance/*.waivers, one file for each name below).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A back-end. name: also that of its waivers. package: of Debian, "" for this project's own. release: of Debian,
+    from which it is unpacked if it is not the one that is installed. command: as ``vhostuser conform --start`` takes
+    it, the program first. device: its kind. keep: starting takes so long that a process goes on after a pass."""
+
+    name: str
+    title: str
+    package: str
+    command: str
+    device: str
+    release: str = ""
+    keep: bool = False
+    jobs: int = 2
+    remark: str = ""
+
+
+_STORAGE = (
+    "qemu-storage-daemon --blockdev driver=file,node-name=f,filename={image}"
+    " --export vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on,num-queues=2"
+)
+_NET_VHOST = (
+    "dpdk-testpmd --lcores 0@0,1@0 --no-pci --no-huge -m 64 --no-shconf --log-level=lib.eal:error"
+    " --vdev net_vhost0,iface={socket},queues=1,postcopy-support=1"
+    " -- --forward-mode=rxonly --auto-start --nb-cores=1 --total-num-mbufs=2048 --disable-link-check --stats-period=600"
+)
+
+PEERS: Final = (
+    Peer(
+        "vhostuser-blk", "vhostuser-blk", "",
+        "vhostuser-blk --socket-path={socket} --blk-file={image} --num-queues=2 --log-level=error", "blk", keep=True,
+    ),
+    Peer(
+        "ramdisk", "examples/ramdisk.py", "",
+        "python examples/ramdisk.py --socket-path={socket} --log-level=error", "blk", keep=True,
+        remark="A Python device on the same runtime.",
+    ),
+    Peer(
+        "qemu-storage-daemon", "QEMU's storage daemon", "qemu-system-common", _STORAGE, "blk",
+        remark="Its export is built on libvhost-user.",
+    ),
+    Peer(
+        "qemu-storage-daemon-10", "QEMU's storage daemon", "qemu-utils", _STORAGE, "blk", release="trixie",
+        remark="Its export is built on libvhost-user.",
+    ),
+    Peer(
+        "dpdk-net-vhost", "DPDK's net_vhost", "dpdk-dev", _NET_VHOST, "net", keep=True, jobs=3,
+        remark="In `dpdk-testpmd`, which receives what the suite's driver sends and drops it.",
+    ),
+    Peer(
+        "qemu-virtiofsd", "QEMU's virtiofsd (C)", "qemu-system-common",
+        "/usr/lib/qemu/virtiofsd --socket-path={socket} -o source={directory} -o sandbox=chroot", "generic",
+        remark="Built on libvhost-user. QEMU has given it up for the one in Rust. Its requests are not tried.",
+    ),
+    Peer(
+        "virtiofsd", "virtiofsd (Rust)", "virtiofsd",
+        "/usr/libexec/virtiofsd --socket-path={socket} --shared-dir={directory} --sandbox=none", "generic",
+        release="trixie", remark="Built on rust-vmm's `vhost` and `vhost-user-backend`. Its requests are not tried.",
+    ),
+    Peer(
+        "passt", "passt", "passt", "passt --vhost-user --foreground --runas 0 --socket {socket}", "generic",
+        release="trixie", remark="With an implementation of its own. Its requests are not tried.",
+    ),
+)  # fmt: skip
