@@ -71,7 +71,7 @@ class HostPages(NamedTuple):
 
 
 def explain(code: int) -> str:
-    """A VU_E_ code in words. Right after a call that failed with VU_E_SYS: the system's own words."""
+    """A ``VU_E_`` code in words. Right after a call that failed with VU_E_SYS: the system's own words."""
     if code == lib.VU_E_SYS:
         return os.strerror(ffi.errno)
     return _WORDS.get(code, f"error {code}")

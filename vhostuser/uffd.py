@@ -25,10 +25,10 @@ DEVICE = "/dev/userfaultfd"
 
 
 class Feature(enum.IntFlag):
-    """What a kernel's userfaultfd can do (UFFD_FEATURE_ in linux/userfaultfd.h), the part that matters here.
+    """What a kernel's userfaultfd can do (``UFFD_FEATURE_`` in linux/userfaultfd.h), the part that matters here.
 
-    Each may be asked for when one is opened. EVENT_ ones may not be among them: whoever changes a mapping would wait
-    for somebody to read its event.
+    Each may be asked for when one is opened. ``EVENT_`` ones may not be among them: whoever changes a mapping would
+    wait for somebody to read its event.
     """
 
     MISSING_HUGETLBFS = 1 << 4

@@ -70,7 +70,7 @@ class RingSetup:
         return DeviceQueue(self, memory, log, inflight)
 
     def flags(self) -> int:
-        """The VU_RING_ flags."""
+        """The ``VU_RING_`` flags."""
         return (
             self._has(VirtioFeature.RING_EVENT_IDX) * lib.VU_RING_EVENT_IDX
             | self._has(VirtioFeature.RING_INDIRECT_DESC) * lib.VU_RING_INDIRECT

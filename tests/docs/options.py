@@ -13,7 +13,19 @@ FOREIGN = frozenset(
     {
         *("--socket", "--image"),  # my-backend
         *("--silent", "--unix-socket"),  # curl
-        *("--lcores", "--no-pci", "--file-prefix", "--socket-mem", "--vdev"),  # dpdk-testpmd
+        # dpdk-testpmd
+        *(
+            "--auto-start",
+            "--forward-mode",
+            "--file-prefix",
+            "--lcores",
+            "--nb-cores",
+            "--no-huge",
+            "--no-pci",
+            "--no-shconf",
+        ),
+        *("--socket-mem", "--stats-period", "--total-num-mbufs", "--vdev"),
+        *("--blockdev", "--export"),  # qemu-storage-daemon
     }
 )
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from tests.docs.blocks import ROOT, Block
 
 HERE = Path(__file__).parent
-PATIENCE = 30.0
-"""Seconds for a block. What takes longer has a test of its own."""
+PATIENCE = 50.0
+"""Seconds for a block, and those that continue it. What takes longer has a test of its own."""
 
 _PRELUDE = r"""
 set -e
@@ -47,16 +47,16 @@ class BlockFailed(AssertionError):
         super().__init__(f"{block}: {why}\n{block.text}\n--- it said:\n{said[-4000:]}")
 
 
-def run(sequence: Sequence[Block], directory: Path) -> None:
+def run(sequence: Sequence[Block], directory: Path, patience: float = PATIENCE) -> None:
     """Raises BlockFailed. directory: empty, with a path short enough for sockets."""
     for name in ("examples", "tests", "tools", "share"):
         (directory / name).symlink_to(ROOT / name)
     (directory / "docs").mkdir()
     placed = [_inside(block, directory) for block in sequence]
-    status, said = _execute(_PRELUDE + "".join(map(_script, placed)), directory)
+    status, said = _execute(_PRELUDE + "".join(map(_script, placed)), directory, patience)
     begun = [block for block in placed if f"{block}" in (directory / "begun").read_text().splitlines()][-1]
     if status is None:
-        raise BlockFailed(begun, f"did not end within {PATIENCE:g} s (is it <!-- in the background -->?)", said)
+        raise BlockFailed(begun, f"did not end within {patience:g} s (is it <!-- in the background -->?)", said)
     if status:
         raise BlockFailed(begun, f"status {status}", said)
 
@@ -140,7 +140,7 @@ def _inside(block: Block, directory: Path) -> Block:
     return replace(block, text=moved(block.text), marks={name: moved(value) for name, value in block.marks.items()})
 
 
-def _execute(script: str, directory: Path) -> tuple[int | None, str]:
+def _execute(script: str, directory: Path, patience: float) -> tuple[int | None, str]:
     """The status, None if it did not end in time, and all that was said. No process of it is left."""
     path = f"{HERE / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     alive, held = os.pipe()
@@ -151,7 +151,7 @@ def _execute(script: str, directory: Path) -> tuple[int | None, str]:
         )  # fmt: skip
         os.close(held)
         try:
-            status: int | None = process.wait(PATIENCE)
+            status: int | None = process.wait(patience)
         except subprocess.TimeoutExpired:
             status = None
         _end(process, alive)

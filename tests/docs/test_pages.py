@@ -37,13 +37,15 @@ def directory() -> Iterator[Path]:
 
 
 def case(sequence: list[Block]) -> pytest.param:
+    """With the time that it may take: a guest boots in some seconds, or in many on a busy machine."""
     guest = any("qemu-system" in block.text for block in sequence)
-    return pytest.param(sequence, id=str(sequence[0]), marks=[pytest.mark.interop] if guest else [])
+    marks = [pytest.mark.interop, pytest.mark.timeout(170)] if guest else []
+    return pytest.param(sequence, 150 if guest else 50, id=str(sequence[0]), marks=marks)
 
 
-@pytest.mark.parametrize("sequence", map(case, sequences(BLOCKS)))
-def test_a_block_does_what_the_page_says(sequence: list[Block], directory: Path) -> None:
-    run(sequence, directory)
+@pytest.mark.parametrize(("sequence", "patience"), [case(sequence) for sequence in sequences(BLOCKS)])
+def test_a_block_does_what_the_page_says(sequence: list[Block], patience: float, directory: Path) -> None:
+    run(sequence, directory, patience)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

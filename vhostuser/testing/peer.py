@@ -1,7 +1,7 @@
 """One end of a connection that follows a script: this message must come, then that is sent.
 
 What belongs here: reading and writing messages as they are told, legal or not. What does not: any behaviour of its own;
-no session, no state.
+no session, no state. ::
 
     peer = ScriptedPeer(sock)
     await peer.follow(
