@@ -73,8 +73,13 @@ _dies("lost_memory", (lib.VU_E_FAULT,), "memory.file-shrinks-ring")
 
 @fault("hostile.changes")
 def dies_of_a_broken_ring_that_is_kicked_on_and_on() -> None:
-    right = Lifecycle._ring_ended
+    right, drop = Lifecycle._ring_ended, Ring.drop_kick
     kicks = 0
+
+    def dropped(ring: Ring) -> None:
+        if ring.broken is not None and ring.kick is not None:
+            asyncio.get_running_loop().remove_reader(ring.kick)
+        drop(ring)
 
     def kicked(ring: Ring) -> None:
         nonlocal kicks
@@ -86,6 +91,8 @@ def dies_of_a_broken_ring_that_is_kicked_on_and_on() -> None:
         right(life, ring, broken)
         if broken is not None and ring.kick is not None:
             asyncio.get_running_loop().add_reader(ring.kick, kicked, ring)
+
+    Ring.drop_kick = dropped  # type: ignore[method-assign]
 
     Lifecycle._ring_ended = ended  # type: ignore[method-assign]
 

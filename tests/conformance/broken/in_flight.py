@@ -95,8 +95,8 @@ def takes_only_a_buffer_that_it_has_made() -> None:
     made: list[int] = []
     create = InflightRegion.create
 
-    def created(queues: int, size: int) -> tuple[int, int]:
-        fd, length = create(queues, size)
+    def created(queues: int, size: int, **more: bool) -> tuple[int, int]:
+        fd, length = create(queues, size, **more)
         made.append(os.fstat(fd).st_ino)
         return fd, length
 

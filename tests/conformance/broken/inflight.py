@@ -25,7 +25,7 @@ def tracks_nothing() -> None:
 
 def _created(change: Callable[[int, int], tuple[int, int]]) -> None:
     right = InflightRegion.create
-    InflightRegion.create = staticmethod(lambda queues, size: change(*right(queues, size)))  # type: ignore
+    InflightRegion.create = staticmethod(lambda queues, size, **more: change(*right(queues, size, **more)))  # type: ignore
 
 
 @fault("inflight.fresh")
@@ -101,8 +101,8 @@ def rounds_the_size_of_queues_up() -> None:
 def makes_room_for_one_queue() -> None:
     right = InflightRegion.create
 
-    def created(queues: int, size: int) -> tuple[int, int]:
-        fd, length = right(queues, size)
+    def created(queues: int, size: int, **more: bool) -> tuple[int, int]:
+        fd, length = right(queues, size, **more)
         return fd, length if queues == 1 else 16 + 16 * size
 
     InflightRegion.create = staticmethod(created)  # type: ignore[method-assign]

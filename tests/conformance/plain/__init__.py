@@ -14,7 +14,9 @@ from typing import Any
 from tests.conformance.plain.disk import Disk
 from tests.conformance.plain.inflight import Inflight, InflightQueue
 from tests.conformance.plain.queue import Queue
+from vhostuser import connection
 from vhostuser.devices import blk
+from vhostuser.protocol import VirtioFeature
 from vhostuser.virtqueue import InflightRegion, RingSetup
 
 __all__ = ["Disk", "InflightQueue", "Queue", "install", "override"]
@@ -26,6 +28,7 @@ def install() -> None:
     def opened(setup: RingSetup, memory: Any, *, log: Any = None, inflight: Any = None) -> Queue:
         return Queue(setup, memory, log, inflight)
 
+    connection.TRANSPORT_FEATURES &= ~VirtioFeature.RING_PACKED.mask  # it serves split rings alone
     RingSetup.open = opened  # type: ignore[method-assign,assignment]
     blk.BlkEngine = Disk  # type: ignore[misc,assignment]
     InflightRegion.map = Inflight.map  # type: ignore[method-assign,assignment]

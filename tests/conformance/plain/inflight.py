@@ -34,10 +34,10 @@ class Inflight:
         self.queue_size = queue_size
 
     @classmethod
-    def map(cls, fd: int, given: Any) -> Self:
+    def map(cls, fd: int, given: Any, *, packed: bool = False) -> Self:
         """What SET_INFLIGHT_FD gives. Raises RequestRefused."""
-        _judged(fd, given)
-        return cls(os.dup(fd), given.mmap_offset, given.num_queues, given.queue_size)
+        judged = _judged(fd, given, packed=packed)
+        return cls(os.dup(fd), given.mmap_offset, judged.queues, judged.queue_size)
 
     def queue(self, index: int, size: int) -> InflightQueue:
         """The part of one queue of ``size`` entries. Raises Bad."""
