@@ -23,11 +23,11 @@ def test_commands_are_whole(peer: Peer, tmp_path: Path) -> None:
     assert Device(peer.device)
 
 
-@pytest.mark.parametrize("peer", PEERS[1:], ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if waivers(peer).exists()], ids=lambda peer: peer.name)
 def test_explanations_are_about_cases_that_exist(peer: Peer) -> None:
     patterns = [pattern for pattern, _ in Waivers.parse(waivers(peer).read_text()).lines]
     assert [pattern for pattern in patterns if not select(CASES, [pattern], [])] == []
 
 
-def test_our_own_disk_needs_no_explanations() -> None:
-    assert [peer.name for peer in PEERS if not waivers(peer).exists()] == ["vhostuser-blk"]
+def test_our_own_programs_need_no_explanations() -> None:
+    assert [peer.name for peer in PEERS if not waivers(peer).exists()] == ["vhostuser-blk", "vhostuser-net"]

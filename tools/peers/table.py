@@ -43,6 +43,10 @@ PEERS: Final = (
         "vhostuser-blk --socket-path={socket} --blk-file={image} --num-queues=2 --log-level=error", "blk", keep=True,
     ),
     Peer(
+        "vhostuser-net", "vhostuser-net", "",
+        "vhostuser-net --socket-path={socket} --end=sink --log-level=error", "net", keep=True,
+    ),
+    Peer(
         "ramdisk", "examples/ramdisk.py", "",
         "python examples/ramdisk.py --socket-path={socket} --log-level=error", "blk", keep=True,
         remark="A Python device on the same runtime.",

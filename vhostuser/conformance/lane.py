@@ -203,6 +203,10 @@ class Lane:
         self._collect()
         check(self._out == out, "the ring left alone", f"{out - self._out} requests returned")
 
+    async def without_effect(self) -> None:
+        """Sees what a ring that is started and disabled does: a disk's nothing, a network device's drops all frames."""
+        await (self.idle() if self._sender is None else self.answers())
+
     def returned(self) -> bool:
         """Looks once: has everything that was offered come back?"""
         self._collect()

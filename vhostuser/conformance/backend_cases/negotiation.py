@@ -273,4 +273,4 @@ async def _(peer: Peer) -> None:
     await peer.frontend.set_features(peer.frontend.session.features)
     lane.offer()
     lane.kick()
-    await lane.idle()
+    await lane.without_effect()

@@ -72,7 +72,9 @@ TABLE: dict[str, tuple[str, bool]] = {
 
 def _add(name: str, events: str, served: bool) -> None:
     words = f"after {events.replace(' ', ', ')}" if events else "as it was set up"
-    rule = f"A ring {words} {'is processed' if served else 'is left alone'}."
+    disabled = not served and _started(events)
+    left = "left alone (a network device drops what is sent)" if disabled else "left alone"
+    rule = f"A ring {words} is {'processed' if served else left}."
     # Most back-ends look once when they are given the kick descriptor, and no front-end has come to harm by it.
     add = CASES.should if name == "stopped-enabled" else CASES.must
 
@@ -84,7 +86,7 @@ def _add(name: str, events: str, served: bool) -> None:
         lane.offer()
         if _started(events):
             lane.kick()
-        await (lane.served() if served else lane.idle())
+        await (lane.served() if served else lane.without_effect() if disabled else lane.idle())
 
 
 def _started(events: str) -> bool:
