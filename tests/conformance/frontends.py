@@ -63,6 +63,7 @@ class Talk(Frontend):
         try:
             answer = await super().request(code, payload, fds, need_reply=need_reply)
         except (VhostUserError, ConnectionError) as error:
+            life.waiting = None
             life.failed(code, error)
             return None, Fds()
         life.waiting, life.sent = None, code

@@ -20,8 +20,10 @@ from vhostuser.conformance.offer import offer_of
 from vhostuser.conformance.stage import FrontendBench, Settings
 from vhostuser.conformance.suite import Case, Result, judge_all
 
+pytestmark = pytest.mark.timeout(180)
 
-async def try_on(launch: Launch, cases: Sequence[Case[Any]], *, patience: float = 5.0) -> list[Result[Any]]:
+
+async def try_on(launch: Launch, cases: Sequence[Case[Any]], *, patience: float = 12.0) -> list[Result[Any]]:
     """The results. Many cases at a time: they spend most of their time waiting."""
     bench = FrontendBench(Settings(offer_of(Device.BLK), launch=launch, patience=patience, quiet=0.3))
     await bench.look()
@@ -40,10 +42,10 @@ async def test_our_front_end_conforms_strictly() -> None:
 
 OURS = f"{sys.executable} -m tests.conformance.frontends"
 TOOL = [sys.executable, "-m", "vhostuser.tools.main", "conform", "frontend"]
-ONE = ("life", "size", "answer.flags.get-config", "death.at.set-mem-table", "channel.unknown", "death.while-running")
+ONE = ("life", "frame", "answer.flags.get-config", "death.while-running")
 
 
-def conform(*arguments: str, seconds: float = 50) -> subprocess.CompletedProcess[str]:
+def conform(*arguments: str, seconds: float = 150) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*TOOL, *arguments], capture_output=True, text=True, timeout=seconds)
 
 
@@ -72,17 +74,9 @@ def test_a_front_end_that_runs_already_is_awaited(tmp_path: Path) -> None:
             process.terminate()
     assert done.returncode == 0, done.stderr
     assert process.returncode == 0
-    left = {case for case, mark in marks(tmp_path / "json").items() if mark != "pass"}
-    assert left == {"size.get-vring-base", "size.reset-device"}, (
-        "it is not asked to end, nor sends what belongs to that"
-    )
-    assert {suite.get("name") for suite in parse(tmp_path / "xml").getroot()} == {
-        "answer",
-        "channel",
-        "death",
-        "life",
-        "size",
-    }
+    assert set(marks(tmp_path / "json").values()) == {"pass"}
+    themes = {suite.get("name") for suite in parse(tmp_path / "xml").getroot()}
+    assert themes == {"answer", "death", "frame", "life"}
 
 
 @pytest.mark.parametrize(

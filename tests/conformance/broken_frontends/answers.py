@@ -21,7 +21,7 @@ from tests.conformance.broken_frontends.faults import (
 )
 from tests.conformance.frontends import RINGS, SIZE, Crash, Life, Talk
 from vhostuser.conformance.frontend_cases.answers import WRONG
-from vhostuser.frontend import FrontendRing, ReplyTimeout
+from vhostuser.frontend import FrontendRing
 from vhostuser.protocol import (
     FRONTEND,
     REPLY,
@@ -29,6 +29,7 @@ from vhostuser.protocol import (
     FrontendRequest,
     Header,
     Inflight,
+    Payload,
     ProtocolFeature,
     RemoteProtocolError,
     RequestRefused,
@@ -63,7 +64,8 @@ class Fragile(Life):
 
     def failed(self, code: F, error: Exception) -> None:
         # What is not acknowledged is found lost by the next.
-        if {code, self.sent} & set(self.codes) and not isinstance(error, RequestRefused | ReplyTimeout):
+        unnoticed = self.sent is F.SET_PROTOCOL_FEATURES and self.sent in self.codes
+        if self.talk.lost.is_set() and (code in self.codes or unnoticed):
             raise Crash
         raise error
 
@@ -72,9 +74,16 @@ class Deaf(Life):
     """Does not hear that it is to end while it waits for the answer to some requests."""
 
     codes: Sequence[F]
+    told = False
 
     def asked(self) -> None:
-        if self.waiting not in self.codes:
+        if self.waiting in self.codes:
+            self.told = True
+        else:
+            super().asked()
+
+    async def after(self, talk: Talk, code: F, payload: Payload | None, fds: Sequence[int]) -> None:
+        if self.told:
             super().asked()
 
     async def wind_up(self) -> None:

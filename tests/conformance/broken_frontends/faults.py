@@ -28,7 +28,7 @@ class Fault(NamedTuple):
 
     make: Callable[[Path], Life]
     fails: tuple[str, ...]
-    patience: float = 5.0
+    patience: float = 12.0
 
 
 FAULTS: dict[str, Fault] = {}

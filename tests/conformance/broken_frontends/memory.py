@@ -58,7 +58,7 @@ def bad_table(name: str, *regions: MemoryRegion, kind: Callable[[], int] = file,
 _GOOD = MemoryRegion(0, MIB, 16 * MIB, 0)
 bad_table("regions_overlap", _GOOD, replace(_GOOD, guest=4096, user=32 * MIB), fails="memory.guest-disjoint")
 bad_table("addresses_overlap", _GOOD, replace(_GOOD, guest=4 * MIB), fails="memory.user-disjoint")
-bad_table("region_ofnothing", replace(_GOOD, size=0), fails="memory.not-empty")
+bad_table("region_of_nothing", replace(_GOOD, size=0), fails="memory.not-empty")
 bad_table("region_wraps", replace(_GOOD, guest=(1 << 64) - 4096), fails="memory.no-wrap")
 bad_table("region_crooked", replace(_GOOD, guest=512), fails="memory.aligned")
 bad_table("memory_of_an_eventfd", _GOOD, kind=eventfd, fails="memory.files")

@@ -36,7 +36,7 @@ F, P, V = FrontendRequest, ProtocolFeature, VirtioFeature
 _SPARE = RINGS
 
 saying(TOP, raw(F.SET_VRING_CALL, VringFd(9, has_fd=False)), "ring.index", name="ring_that_is_not_there")
-saying(TOP, raw(F.SET_VRING_NUM, VringState(_SPARE, 0)), "ring.size", name="ring_ofnothing")
+saying(TOP, raw(F.SET_VRING_NUM, VringState(_SPARE, 0)), "ring.size", name="ring_of_nothing")
 saying(TOP, raw(F.SET_VRING_NUM, VringState(_SPARE, 100)), "ring.power-of-two", name="ring_of_100")
 saying(TOP, raw(F.SET_VRING_BASE, VringState(_SPARE, 1 << 16)), "ring.base", name="base_of_17_bits")
 saying(TOP, only(lambda life: life.has(V.PROTOCOL_FEATURES), raw(F.SET_VRING_ENABLE, VringState(_SPARE, 2))),
