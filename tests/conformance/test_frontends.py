@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(180)
 
 async def try_on(launch: Launch, cases: Sequence[Case[Any]], *, patience: float = 12.0) -> list[Result[Any]]:
     """The results. Many cases at a time: they spend most of their time waiting."""
-    bench = FrontendBench(Settings(offer_of(Device.BLK), launch=launch, patience=patience, quiet=0.3))
+    bench = FrontendBench(Settings(offer_of(Device.BLK), launch=launch, patience=patience, quiet=0.1))
     await bench.look()
     try:
         return [result async for result in judge_all(cases, bench, jobs=8, patience=60)]

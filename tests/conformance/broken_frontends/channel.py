@@ -174,5 +174,5 @@ class CrashesOnHalf(Channel):
 @fault("channel.closed")
 class CrashesWhenClosed(CrashesOnHalf):
     def ended(self, *, half: bool) -> None:
-        if not half and self.ready and not self.stop.is_set():
+        if not half and self.ready:
             self.fall()

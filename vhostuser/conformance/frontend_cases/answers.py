@@ -113,7 +113,7 @@ async def _pieces(talk: StandIn, heard: Heard, answer: Answer | None) -> bool:
     data = pack(heard.code, answer.payload.pack())
     for at in range(0, len(data), _PIECE):
         await talk.send(data[at : at + _PIECE], *([] if at else [answer.fd]))
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.02)
     return False
 
 

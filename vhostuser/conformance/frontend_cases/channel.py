@@ -41,13 +41,23 @@ class Line:
         except ConnectionError:
             return
 
-    async def answer(self, within: float | None = None) -> RawMessage | None:
+    async def answer(self) -> RawMessage | None:
         """The next answer; None at the end of the channel. Raises TimeoutError."""
-        async with asyncio.timeout(self.patience if within is None else within):
+        async with asyncio.timeout(self.patience):
             message = await receive_message(self._channel)
         if message is not None:
             message.fds.close()
         return message
+
+    async def answer_soon(self) -> RawMessage | None:
+        """The same where none may come. Raises TimeoutError when it is quiet."""
+        reading = asyncio.ensure_future(self.answer())
+        try:
+            if not await self.play.soon(reading.done, self.quiet):
+                raise TimeoutError
+            return reading.result()
+        finally:
+            reading.cancel()
 
     async def reaction(self) -> str:
         """How a request was taken: done, refused, closed or silent."""
@@ -65,7 +75,7 @@ class Line:
 
     async def lives(self) -> None:
         """The front-end still runs after a while, and ends when it is asked to."""
-        await self.play.until(lambda: self.play.over, self.quiet)
+        await self.play.soon(lambda: self.play.over, self.quiet)
         hung = not await self.play.caller.stop()
         crash = self.play.caller.crash
         check(not crash, "the front-end to survive what a back-end does", crash)
@@ -149,7 +159,7 @@ async def answer_id(line: Line) -> None:
 async def unasked(line: Line) -> None:
     await line.send(B.CONFIG_CHANGE_MSG, flags=VERSION)
     try:
-        message = await line.answer(line.quiet)
+        message = await line.answer_soon()
     except TimeoutError:
         return
     check(message is None, "no answer", "one")
@@ -225,7 +235,7 @@ async def huge(line: Line) -> None:
 
 async def _reaction_or_wait(line: Line) -> str:
     try:
-        message = await line.answer(line.quiet)
+        message = await line.answer_soon()
     except TimeoutError:
         return "waits"
     return "closed" if message is None else "done" if message.body == U64(0).pack() else "refused"
