@@ -28,6 +28,7 @@ from vhostuser.protocol import FrontendRequest, ProtocolFeature, VirtioFeature
 F, P, V = FrontendRequest, ProtocolFeature, VirtioFeature
 
 
+# In so many pieces quiet is counted.
 _LOOKS = 40
 
 
