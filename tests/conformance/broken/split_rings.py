@@ -243,9 +243,3 @@ def guest_addresses_have_32_bits() -> None:
 def used_length_is_without_the_status() -> None:
     right = Disk.serve
     override(Disk, serve=lambda disk, chain: max(0, right(disk, chain) - 1))
-
-
-@fault("split.order-of-table")
-def returns_positions_for_heads() -> None:
-    right = Queue.put_entry
-    override(Queue, put_entry=lambda queue, head, length: right(queue, queue.used % queue.ring.size, length))
