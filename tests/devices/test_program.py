@@ -129,7 +129,7 @@ def front_end(path: Path) -> socket.socket:
         (["--blk-file=DISK", "--socket-path=s", "--serial=\u00e4"], "ASCII"),
         (["--blk-file=DISK", "--socket-path=s", "--cache=none"], "writeback"),
         (["--blk-file=DISK", "--socket-path=s", "--log-level=loud"], "info"),
-        (["--blk-file=DISK", "--socket-path=s", "--postcopy=always"], "auto"),
+        (["--blk-file=DISK", "--socket-path=s", "--postcopy=sometimes"], "auto"),
         (["--blk-file=DISK", "--socket-path=s", "--mem-slots=510"], "509"),
         (["--blk-file=DISK", "--socket-path=s", "--poll-us=-1"], "0 to"),
         (["--blk-file=DISK", "--socket-path=s", "--socket-mode=rw"], "octal"),
