@@ -16,7 +16,7 @@ from vhostuser.tools.peers.table import Peer
 _HEAD: Final = """\
 # Conformance results
 
-Made by `tools/results`, which starts each back-end, runs the whole [suite](conformance.md) strictly, and writes this
+Made by `tools/results`, which starts each program, runs the whole [suite](conformance.md) strictly, and writes this
 page. Do not edit it.
 
 What is counted: a case passes or fails; rules that bind (MUST) and recommendations (SHOULD, and what the specification
@@ -48,7 +48,7 @@ def unexplained(outcome: Outcome) -> list[str]:
 
 
 def _overview(found: Sequence[tuple[Peer, Outcome]]) -> Iterator[str]:
-    yield "| back-end | version | day | pass | fail (MUST) | fail (SHOULD) | not tried | seconds |"
+    yield "| program | version | day | pass | fail (MUST) | fail (SHOULD) | not tried | seconds |"
     yield "|---|---|---|---|---|---|---|---|"
     for peer, outcome in found:
         counts = _counts(outcome.cases)

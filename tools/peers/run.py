@@ -21,7 +21,6 @@ from vhostuser.tools.peers.debian import Release, installed
 from vhostuser.tools.peers.table import Peer
 
 ROOT = Path(__file__).resolve().parents[2]
-_PATIENCE = 1.5
 
 
 class NotHere(Exception):
@@ -75,12 +74,12 @@ def _program(peer: Peer, releases: dict[str, Release]) -> tuple[str, str]:
 def _conform(peer: Peer, command: str, scratch: Path, *ids: str, keep: bool = False) -> dict[str, Any]:
     result = scratch / "result.json"
     result.unlink(missing_ok=True)
-    options = ["--strict", "--quiet", f"--device={peer.device}", f"--jobs={peer.jobs}", f"--timeout={_PATIENCE}"]
+    options = ["--strict", "--quiet", f"--device={peer.device}", f"--jobs={peer.jobs}", *peer.options]
     if waivers(peer).exists():
         options.append(f"--waive={waivers(peer)}")
     if keep:
         options.append("--keep")
-    words = [sys.executable, "-m", "vhostuser.tools.main", "conform", "backend", *ids, *options]
+    words = [sys.executable, "-m", "vhostuser.tools.main", "conform", peer.side, *ids, *options]
     done = subprocess.run(
         [*words, "--start", command, f"--json={result}"], capture_output=True, text=True, cwd=ROOT, env=_environment()
     )

@@ -12,9 +12,13 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Peer:
-    """A back-end. name: also that of its waivers. package: of Debian, "" for this project's own. release: of Debian,
-    from which it is unpacked if it is not the one that is installed. command: as ``vhostuser conform --start`` takes
-    it, the program first. device: its kind. keep: starting takes so long that a process goes on after a pass."""
+    """A back-end or a front-end (``side``).
+
+    name: also that of its waivers. package: of Debian, "" for this project's own. release: of Debian, from which it is
+    unpacked if it is not the one that is installed. command: as ``vhostuser conform --start`` takes it, the program
+    first. device: its kind. keep: starting takes so long that a process goes on after a pass. options: of ``vhostuser
+    conform``, beside the usual ones.
+    """
 
     name: str
     title: str
@@ -25,6 +29,8 @@ class Peer:
     keep: bool = False
     jobs: int = 2
     remark: str = ""
+    side: str = "backend"
+    options: tuple[str, ...] = ("--timeout=1.5",)
 
 
 _STORAGE = (
@@ -36,6 +42,17 @@ _NET_VHOST = (
     " --vdev net_vhost0,iface={socket},queues=1,postcopy-support=1"
     " -- --forward-mode=rxonly --auto-start --nb-cores=1 --total-num-mbufs=2048 --disable-link-check --stats-period=600"
 )
+_QEMU = (
+    "qemu-system-x86_64 -accel tcg -machine pc,memory-backend=m -m 64 -nodefaults -display none"
+    " -object memory-backend-memfd,id=m,size=64M,share=on -chardev socket,id=c,path={socket},reconnect=1"
+    " -device vhost-user-blk-pci,chardev=c,num-queues=1"
+)
+_VIRTIO_USER = (
+    "dpdk-testpmd --lcores 0@0,1@0 --no-pci --no-huge -m 256 --no-shconf --no-telemetry"
+    " --vdev net_virtio_user0,path={socket},queues=1,queue_size=256"
+    " -- --forward-mode=rxonly --auto-start --stats-period=1000 --nb-cores=1 --total-num-mbufs=2048"
+)
+_SLOW = ("--timeout=4", "--quiet-time=0.5")
 
 PEERS: Final = (
     Peer(
@@ -76,5 +93,13 @@ PEERS: Final = (
     Peer(
         "passt", "passt", "passt", "passt --vhost-user --foreground --runas 0 --socket {socket}", "generic",
         release="trixie", remark="With an implementation of its own. Its requests are not tried.",
+    ),
+    Peer(
+        "qemu-frontend", "QEMU as a front-end", "qemu-system-x86", _QEMU, "blk", jobs=3, side="frontend",
+        options=_SLOW, remark="Without a guest: its firmware sets a ring up and asks for the first sector.",
+    ),
+    Peer(
+        "virtio-user", "DPDK's virtio_user", "dpdk-dev", _VIRTIO_USER, "net", jobs=3, side="frontend", options=_SLOW,
+        remark="In `dpdk-testpmd`, which receives.",
     ),
 )  # fmt: skip
