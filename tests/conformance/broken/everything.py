@@ -47,8 +47,11 @@ def offer_everything() -> None:
     for code, row in FRONTEND.items():
         if row.unserved and row.gate.features:
             FRONTEND[code] = replace(row, unserved="")  # type: ignore[index]
-    for code, handler in _ANSWERS.items():
-        HANDLERS.setdefault(code, handler)
+    HANDLERS.update(_ANSWERS)
+
+
+async def _done(_: Connection, __: Request) -> None:
+    """There is nothing to do."""
 
 
 async def _create_crypto_session(_: Connection, request: Request) -> Reply:
@@ -105,6 +108,8 @@ async def _check_device_state(connection: Connection, _: Request) -> None:
 
 
 _ANSWERS: dict[int, Any] = {
+    F.SEND_RARP: _done,
+    F.NET_SET_MTU: _done,
     F.CREATE_CRYPTO_SESSION: _create_crypto_session,
     F.SET_STATUS: _set_status,
     F.GET_STATUS: _get_status,

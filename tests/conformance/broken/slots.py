@@ -287,7 +287,7 @@ def dies_where_data_was() -> None:
     Lifecycle._ring_ended = ended  # type: ignore[method-assign]
 
 
-@fault("memory.file-shrinks-ring", "memory.file-shrinks-data", "log.shrinks")
+@fault("memory.file-shrinks-ring", "memory.file-shrinks-data")
 def lets_the_kernel_end_it() -> None:
     """No guard against SIGBUS."""
     right = Ring.run
