@@ -53,7 +53,7 @@ def starts_when_enabled() -> None:
     Agreed.runs = property(lambda ring: ring.enabled)  # type: ignore[assignment,method-assign]
 
 
-@fault("ring.state.initial", "ring.state.stopped-disabled", "ring.state.stopped-enabled")
+@fault("ring.state.stopped-enabled")
 def runs_as_soon_as_it_is_set_up() -> None:
     _polls()
     Agreed.runs = True  # type: ignore[assignment,method-assign]
