@@ -1,7 +1,7 @@
 /*
- * The inside of a device-side queue: what queue.c (every format: pool, guard, copies), the formats of rings (split.c,
- * packed.c), the tables of both (table.c) and their in-flight regions (inflight.c, inflight_split.c, inflight_packed.c)
- * share.
+ * The inside of a device-side queue: what queue.c (every format: guard, counters), chain.c (chains), the formats of rings
+ * (split.c, packed.c), the tables of both (table.c) and their in-flight regions (inflight.c, inflight_split.c,
+ * inflight_packed.c) share.
  */
 #ifndef VHOSTUSER_QUEUE_H
 #define VHOSTUSER_QUEUE_H
@@ -288,6 +288,8 @@ int vu_queue_place(const vu_queue *queue, uint64_t address, uint64_t bytes, uint
 void vu_slot_begin(struct vu_slot *slot, uint16_t head);
 /* Adds what one descriptor names to the chain of the slot: 0, VU_E_ORDER, _OVERFLOW, _RANGE, _SIZE or _NOMEM. */
 int vu_slot_add(vu_queue *queue, struct vu_slot *slot, const struct vu_desc *desc);
+/* The chain has been pushed, or given back: its slot is free. Again: nothing. */
+void vu_chain_release(vu_queue *queue, vu_chain *chain);
 /* What the driver is told of the i-th chain of a push, in bytes; without lengths, as far as it was filled. */
 static inline uint32_t vu_chain_told(const vu_chain *chain, const uint32_t *lengths, uint32_t i)
 {

@@ -2,8 +2,8 @@
  * The split ring as the device sees it (virtio 1.2, 2.7).
  *
  * What belongs here: descriptors, indexes, event suppression, and the order of writes. What does not: where chains live
- * and how memory is guarded (queue.c), which tables are accepted (table.c). Everything in guest memory is loaded once into a local
- * variable and judged there: the driver may write while we look.
+ * (chain.c), how memory is guarded (queue.c), which tables are accepted (table.c). Everything in guest memory is loaded
+ * once into a local variable and judged there: the driver may write while we look.
  */
 #include <stdlib.h>
 #include <string.h>

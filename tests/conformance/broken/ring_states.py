@@ -59,6 +59,27 @@ def runs_as_soon_as_it_is_set_up() -> None:
     Agreed.runs = True  # type: ignore[assignment,method-assign]
 
 
+def _begins_running() -> None:
+    _polls()
+    Agreed.__init__.__defaults__ = (True, True)  # type: ignore[misc]
+
+
+@fault("ring.state.initial", "ring.state.stopped-enabled")
+def begins_running() -> None:
+    _begins_running()
+
+
+@fault("ring.state.initial", "ring.state.stopped-disabled")
+def begins_running_and_disables_nothing() -> None:
+    _begins_running()
+
+    def change(state: State, code: Any, payload: Any, right: Callable[[], None]) -> None:
+        if code is not F.SET_VRING_ENABLE or payload.num:
+            right()
+
+    changing(change)
+
+
 @fault(STATE + "disable-before-start", STATE + "disabled-stays-disabled", STATE + "disable-while-stopped")
 def enables_whatever_the_number_says() -> None:
     _event(RingEvent.DISABLE, started=None, enabled=True)
