@@ -16,8 +16,10 @@ from typing import Final
 
 log = logging.getLogger("vhostuser")
 
+MOST_FDS: Final = 1 << 20
+"""The kernel's own ceiling, fs.nr_open."""
+
 _FIRST_FD: Final = 3
-_MOST_FDS: Final = 1 << 20
 # How long a manager that reads nothing may hold up the start or the stop, in seconds.
 _PATIENCE: Final = 1.0
 
@@ -85,7 +87,7 @@ def _number(text: str) -> int:
 def _passed(variables: MutableMapping[str, str]) -> dict[int, str]:
     """Names by descriptor, if they are for this very process."""
     count = _number(variables["LISTEN_FDS"])
-    if variables["LISTEN_PID"] != str(os.getpid()) or count > _MOST_FDS:
+    if variables["LISTEN_PID"] != str(os.getpid()) or count > MOST_FDS:
         return {}
     names = variables["LISTEN_FDNAMES"].split(":") if variables["LISTEN_FDNAMES"] else []
     fds = range(_FIRST_FD, _FIRST_FD + count)

@@ -7,6 +7,7 @@ What belongs here: the options of the interface and of its end. What does not: t
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
@@ -14,9 +15,11 @@ from typing import Final, NoReturn
 from vhostuser.devices.ends import End, EndError, Sink, Source, Tap, loopback
 from vhostuser.devices.net import MTU_LEAST, MTU_MOST, POLL_US, Net, NetSettings, local_mac
 from vhostuser.tools import service
+from vhostuser.tools.manager import MOST_FDS
 from vhostuser.tools.service import Failure, Parser, number
 
 _MOST_PAIRS = 128
+_LONGEST_NAME = 15  # IFNAMSIZ, without its terminating zero
 
 
 def serve(program: str, arguments: Sequence[str]) -> NoReturn:
@@ -81,12 +84,14 @@ def _end(text: str) -> MakeEnd:
 
 def _tap(what: str) -> MakeEnd:
     if what.startswith("fd="):
-        numbers = what.removeprefix("fd=").split(",")
-        if not all(map(str.isdecimal, numbers)):
-            raise argparse.ArgumentTypeError(f"{what!r} is not fd=N or fd=N,N...")
-        return lambda pairs: _passed(list(map(int, numbers)), pairs)
-    if not re.fullmatch(r"[^/\s]{1,15}", what):
-        raise argparse.ArgumentTypeError(f"tap:NAME needs the name of an interface, at most 15 bytes, not {what!r}")
+        fds = list(map(number(0, MOST_FDS), what.removeprefix("fd=").split(",")))
+        if len(set(fds)) < len(fds) or len(fds) > _MOST_PAIRS:
+            raise argparse.ArgumentTypeError(f"{what!r} is not fd=N[,N...] with a descriptor for each queue pair")
+        return lambda pairs: _passed(fds, pairs)
+    if not re.fullmatch(r"[^/\s]+", what) or len(os.fsencode(what)) > _LONGEST_NAME:
+        raise argparse.ArgumentTypeError(
+            f"tap:NAME needs the name of an interface, at most {_LONGEST_NAME} bytes, not {what!r}"
+        )
     return lambda pairs: Tap(what, pairs)
 
 

@@ -27,7 +27,7 @@ from vhostuser.dataplane import new_event_loop
 from vhostuser.device import Device
 from vhostuser.tools.endpoint import Endpoint, EndpointError, SocketFile, inherited, listen
 from vhostuser.tools.exporter import Address, Exporter, address
-from vhostuser.tools.manager import METRICS, USERFAULTFD, WAKE, Manager
+from vhostuser.tools.manager import METRICS, MOST_FDS, USERFAULTFD, WAKE, Manager
 
 log = logging.getLogger("vhostuser")
 
@@ -37,7 +37,7 @@ Beside = Callable[[], Coroutine[Any, Any, None]]
 # How long a stop may take before the process leaves without it, in seconds. What was acknowledged is in the page cache
 # by then, so nothing is lost; and a service manager kills after a few seconds.
 _PATIENCE = 1.0
-_MOST_FDS = 1 << 20  # the kernel's own ceiling, fs.nr_open
+_LAST_GROUP = (1 << 32) - 2  # the one behind it means: leave it as it is
 _LEVELS = {"error": logging.ERROR, "warn": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 
 
@@ -79,7 +79,10 @@ def _mode(text: str) -> int:
 
 def _group(text: str) -> int:
     try:
-        return int(text) if text.isdecimal() else grp.getgrnam(text).gr_gid
+        gid = int(text) if text.isdecimal() else grp.getgrnam(text).gr_gid
+        if gid > _LAST_GROUP:
+            raise KeyError(text)
+        return gid
     except KeyError:
         raise argparse.ArgumentTypeError(f"there is no group {text!r}") from None
 
@@ -88,7 +91,7 @@ def add_options(parser: Parser) -> None:
     """The options that every back-end program has."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket-path", metavar="PATH", help="Unix socket to listen on")
-    where.add_argument("--fd", metavar="N", type=number(0, _MOST_FDS), help="inherited socket, listening or connected")
+    where.add_argument("--fd", metavar="N", type=number(0, MOST_FDS), help="inherited socket, listening or connected")
     parser.add_argument("--connect", action="store_true", help="connect to --socket-path, again and again")
     parser.add_argument("--once", action="store_true", help="exit when the first front-end has gone")
     parser.add_argument("--socket-group", metavar="GROUP", type=_group, help="group of the socket file")
@@ -101,7 +104,7 @@ def add_options(parser: Parser) -> None:
         help="auto: offered where permitted and known to work",
     )
     parser.add_argument(
-        "--uffd-fd", metavar="N", type=number(0, _MOST_FDS), default=-1, help="inherited /dev/userfaultfd"
+        "--uffd-fd", metavar="N", type=number(0, MOST_FDS), default=-1, help="inherited /dev/userfaultfd"
     )
     parser.add_argument("--wake-socket", metavar="PATH", help="Unix socket for the wake channel of postcopy")
     parser.add_argument("--metrics", metavar="WHERE", type=address, help="serve metrics: unix:PATH or HOST:PORT")

@@ -121,7 +121,7 @@ class Backend:
             except OSError as error:
                 sock.close()
                 level = logging.WARNING if pause == _FIRST_RETRY else logging.DEBUG
-                log.log(level, "%s: nobody listens yet (%s), trying again", path, error.strerror)
+                log.log(level, "%s: nobody listens yet (%s), trying again", path, error.strerror or error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_RETRY)
                 continue

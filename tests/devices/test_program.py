@@ -135,6 +135,7 @@ def front_end(path: Path) -> socket.socket:
         (["--blk-file=DISK", "--socket-path=s", "--socket-mode=rw"], "octal"),
         (["--blk-file=DISK", "--socket-path=s", "--socket-mode=1777"], "octal"),
         (["--blk-file=DISK", "--socket-path=s", "--socket-group=no such group"], "no such group"),
+        (["--blk-file=DISK", "--socket-path=s", "--socket-group=4294967295"], "no group"),
         (["--blk-file=DISK", "--fd=x"], "number"),
         (["--blk-file=DISK", "--fd=-1"], "number"),
     ],

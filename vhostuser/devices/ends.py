@@ -206,7 +206,7 @@ class Tap(End):
         self._fds.append(fd)
         several = _IFF_MULTI_QUEUE if self.pairs > 1 else 0
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | several
-        fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), flags))
+        fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(os.fsencode(name), flags))
 
     def _configure(self, name: str) -> None:
         error = ffi.new("int *")
@@ -214,7 +214,7 @@ class Tap(End):
             os.set_blocking(fd, False)
             os.set_inheritable(fd, False)
         encoded, flags = _IFREQ.unpack(fcntl.ioctl(self._fds[0], _TUNGETIFF, bytes(_IFREQ.size)))
-        self.name = encoded.rstrip(b"\0").decode() or name
+        self.name = os.fsdecode(encoded.rstrip(b"\0")) or name
         if flags & _IFF_TUN or not flags & _IFF_NO_PI:
             raise EndError(f"tap {self.name}: a tap without packet information is needed (IFF_TAP, IFF_NO_PI)")
         vnet = bool(flags & _IFF_VNET_HDR)
@@ -237,13 +237,14 @@ class Tap(End):
     def _bring_up(self) -> None:
         """What we may not do, somebody else has done or will do."""
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            request = bytes(fcntl.ioctl(control, _SIOCGIFFLAGS, _IFREQ.pack(self.name.encode(), 0)))
+            request = bytes(fcntl.ioctl(control, _SIOCGIFFLAGS, _IFREQ.pack(os.fsencode(self.name), 0)))
             flags = _IFREQ.unpack(request)[1]
-            fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ.pack(self.name.encode(), flags | _IFF_UP))
+            fcntl.ioctl(control, _SIOCSIFFLAGS, _IFREQ.pack(os.fsencode(self.name), flags | _IFF_UP))
 
     def close(self) -> None:
         while self._fds:
-            os.close(self._fds.pop())
+            with contextlib.suppress(OSError):  # what was passed need not be open
+                os.close(self._fds.pop())
 
     def __str__(self) -> str:
         return f"tap {self.name}"

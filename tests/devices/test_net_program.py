@@ -1,0 +1,50 @@
+"""``vhostuser-net``: its own options, and ends that cannot be had. What all programs share: ``test_program``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "vhostuser.tools.net", "--socket-path=/nowhere/socket"]
+
+
+def run(*arguments: str | bytes) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 2, "required: --end"),
+        (["--end=bridge"], 2, "only tap, loopback, sink, source"),
+        (["--end=sink:x"], 2, "takes nothing behind it"),
+        (["--end=source:13"], 2, "from 14 to 65557"),
+        (["--end=tap:"], 2, "at most 15 bytes"),
+        (["--end=tap:a/b"], 2, "at most 15 bytes"),
+        (["--end=tap:" + "\u00e4" * 8], 2, "at most 15 bytes"),
+        (["--end=tap:fd="], 2, "is not a number"),
+        (["--end=tap:fd=99999999999"], 2, "is not a number"),
+        (["--end=tap:fd=7,7"], 2, "a descriptor for each queue pair"),
+        (["--end=tap:fd=900,901"], 1, "tap 900, 901: Bad file descriptor"),
+        (["--end=tap:fd=0"], 1, "tap 0: "),
+        (["--end=tap:fd=900,901", "--queue-pairs=3"], 1, "3 queue pairs, but 2 descriptors"),
+        (["--end=sink", "--queue-pairs=129"], 2, "1 to 128"),
+        (["--end=sink", "--mac=01:00:00:00:00:00"], 2, "one station"),
+        (["--end=sink", "--mtu=67"], 2, "68 to 65535"),
+        (["--end=sink"], 1, "/nowhere/socket: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(arguments: list[str], status: int, said: str) -> None:
+    ended = run(*arguments)
+    assert (ended.returncode, ended.stderr.count("\n"), ended.stdout) == (status, 1, ""), ended.stderr
+    assert ended.stderr.startswith("vhostuser-net: ")
+    assert said in ended.stderr
+
+
+def test_a_name_that_is_no_text_is_a_name() -> None:
+    """Interfaces are named by bytes. With rights it is made and goes with the process, without it is refused."""
+    ended = run(os.fsencode("--end=tap:") + b"vu\xff")
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1), ended.stderr
