@@ -137,8 +137,9 @@ class Net(Device):
             self.mem_slots = 0
         self._mtu = self._settings.mtu
         self._up = True
-        self._engine: NetEngine | None = None
-        self._before = [Counter[str]() for _ in range(self.queues)]
+        # What engines before this one have counted, and this one. Together: the control thread reads while the data
+        # thread stops the device, and must count nothing twice.
+        self._counted: tuple[list[Counter[str]], NetEngine | None] = [Counter() for _ in range(self.queues)], None
 
     # ---- configuration space
 
@@ -180,13 +181,13 @@ class Net(Device):
             self._end.start(features)
         except EndError as error:
             raise DeviceFailed(str(error)) from None
-        self._engine = NetEngine(self._end, features, self._settings.poll_us)
+        self._counted = self._counted[0], NetEngine(self._end, features, self._settings.poll_us)
 
     async def stop(self) -> None:
-        self._before, self._engine = self._counters(), None
+        self._counted = self._counters(), None
 
     def engine(self) -> NetEngine | None:
-        return self._engine
+        return self._counted[1]
 
     def disabled_engine(self, index: int) -> Engine | None:
         """Of the rings that are started and disabled only those of transmission are served: by throwing away."""
@@ -196,11 +197,10 @@ class Net(Device):
 
     def _counters(self) -> list[Counter[str]]:
         """Of each ring, since the beginning."""
-        engine = self._engine
-        return [
-            before + Counter(engine.stats(ring) if engine is not None else {})
-            for ring, before in enumerate(self._before)
-        ]
+        before, engine = self._counted
+        if engine is None:
+            return before
+        return [ended + Counter(engine.stats(ring)) for ring, ended in enumerate(before)]
 
     def measure(self) -> Iterator[Sample]:
         for queue, counted in enumerate(self._counters()):
