@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -98,6 +99,10 @@ def _check_start(parser: Parser, options: argparse.Namespace) -> None:
         parser.error("give either --start or --socket-path")
     if options.start and "{socket}" not in options.start:
         parser.error("--start: the command has no {socket}; put it where its option wants the path")
+    try:
+        shlex.split(options.start or "")
+    except ValueError as error:
+        parser.error(f"--start: {error}")
 
 
 def _backend_bench(options: argparse.Namespace) -> BackendBench:
@@ -143,11 +148,16 @@ def _parse(program: str, arguments: Sequence[str], side: Side) -> argparse.Names
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument("side", choices=SIDES, help="what is tried; each has its own options")
-    parser.add_argument("cases", nargs="*", metavar="ID", help="only these: an id, its beginning, or a pattern")
+    parser.add_argument(
+        "cases", nargs="*", default=[], metavar="ID", help="only these: an id, its beginning, or a pattern"
+    )
     side.add(parser)
     _add_judgement(parser)
     options = parser.parse_intermixed_args(arguments)
+    if SIDES[options.side] is not side:
+        parser.error(f"{options.side} comes before its options: {program} {options.side} ...")
     side.check(parser, options)
+    _check_targets(parser, options)
     if not select(side.cases, options.cases, options.section):
         parser.error("no case has such an id and section; --list shows them all")
     options.waive = _waivers(parser, options.waive)
@@ -188,6 +198,16 @@ def _waivers(parser: Parser, path: Path | None) -> Waivers:
         parser.error(f"--waive: {path}: {error.strerror}")
     except (WaiverError, UnicodeDecodeError) as error:
         parser.error(f"--waive: {path}: {error}")
+
+
+def _check_targets(parser: Parser, options: argparse.Namespace) -> None:
+    """What cannot be written is told before the minutes that a run takes, and not after them."""
+    for name, target in (("--json", options.json), ("--junit", options.junit)):
+        if target in (None, "-"):
+            continue
+        path = Path(target)
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            parser.error(f"{name}: {target} cannot be written")
 
 
 # ---- the run

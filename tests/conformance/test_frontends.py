@@ -86,7 +86,11 @@ def test_a_front_end_that_runs_already_is_awaited(tmp_path: Path) -> None:
         (["--start", "/no/program {socket}"], 3, "cannot be started"),
         (["--start", "false {socket}"], 3, "the front-end ended without a word: status 1"),
         (["--socket-path=here"], 3, "no front-end has connected"),
+        ([f"--socket-path={'x' * 200}"], 3, "too long"),
         (["--start", "true"], 2, "no {socket}"),
+        (["--start", "true '{socket}"], 2, "No closing quotation"),
+        (["--socket-path=/x", "--json=/nowhere/results"], 2, "--json: /nowhere/results cannot be written"),
+        (["--socket-path=/x", "--junit=/"], 2, "--junit: / cannot be written"),
         ([], 2, "either --start or --socket-path"),
         (["--socket-path=/x", "no.such.case"], 2, "no case has such an id"),
         (["--socket-path=/x", "--keep"], 2, "unrecognized arguments: --keep"),
@@ -99,6 +103,13 @@ def test_what_cannot_be_done_is_said_in_a_line(
     done = conform("--timeout=0.2", *arguments)
     assert (done.returncode, len(done.stderr.splitlines())) == (status, 1), done.stderr
     assert said in done.stderr
+
+
+def test_which_side_is_tried_is_said_first() -> None:
+    """And the cases of the other side are never taken for those that were asked for."""
+    done = subprocess.run([*TOOL[:-1], "--list", TOOL[-1]], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "frontend comes before its options" in done.stderr
 
 
 def test_the_cases_are_listed() -> None:

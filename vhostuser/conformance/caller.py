@@ -105,7 +105,7 @@ class Meeting:
             self._listener.listen()
         except OSError as error:
             self._listener.close()
-            raise Unreachable(f"{path}: {error.strerror}") from None
+            raise Unreachable(f"{path}: {error.strerror or error}") from None
 
     async def next(self) -> socket.socket:
         """The next connection, waited for without end."""

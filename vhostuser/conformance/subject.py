@@ -109,7 +109,7 @@ class Subject:
                 if self._command and not self.lives:
                     await self._start_again()
                 if loop.time() > deadline:
-                    raise Unreachable(f"{self._path}: {error.strerror}") from None
+                    raise Unreachable(f"{self._path}: {error.strerror or error}") from None
             await asyncio.sleep(_AGAIN)
 
     def _check_end(self) -> None:
