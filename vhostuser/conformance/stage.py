@@ -108,7 +108,6 @@ class Play:
         self.twist = twist
         self.talks: list[StandIn] = []
         self._news = asyncio.Event()
-        self._names = iter(("", *(f", connection {number}" for number in range(2, 1000))))
         self._accepting: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
@@ -123,7 +122,8 @@ class Play:
             if meeting.connects and self.talks:
                 await self.until(lambda: self.talks[-1].closed, None)
             sock = await meeting.next()
-            self.talks.append(StandIn(sock, self.offer, self.offer.name + next(self._names), self.twist, self._news))
+            number = f", connection {len(self.talks) + 1}" if self.talks else ""
+            self.talks.append(StandIn(sock, self.offer, self.offer.name + number, self.twist, self._news))
             self._news.set()
 
     async def until(self, holds: Callable[[], bool], within: float | None) -> bool:

@@ -225,8 +225,7 @@ class StandIn:
             case F.GET_VRING_BASE, VringState(index):
                 return Answer(VringState(index, self._bases.get(index, 0)))
             case F.GET_CONFIG, Config(offset, size):
-                space = offer.config + bytes(offset + size)
-                return Answer(Config(offset, size, 0, space[offset : offset + size]))
+                return Answer(Config(offset, size, 0, offer.config[offset : offset + size].ljust(size, b"\0")))
             case F.GET_INFLIGHT_FD, Inflight(_, _, queues, entries):
                 return Answer(Inflight(_INFLIGHT, 0, queues, entries), _buffer())
         return Answer(U64(numbers.get(F(heard.code), 0) if heard.code in FRONTEND else 0))
