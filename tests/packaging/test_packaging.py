@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = ("tools/demo", "tools/results", "tools/test")
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -51,7 +52,7 @@ def test_the_wheel_holds_the_package_and_no_source_of_c(built: tuple[Path, Path]
 def test_the_source_archive_can_build_and_be_tested(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for wanted in ("vhostuser/native/api.h", "vhostuser/native/build.py", "tests/conftest.py", "tools/test", "LICENSE"):
+    for wanted in ("vhostuser/native/api.h", "vhostuser/native/build.py", "tests/conftest.py", "LICENSE", *COMMANDS):
         assert wanted in names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
@@ -64,6 +65,7 @@ def test_the_wheel_works_in_an_environment_of_its_own(built: tuple[Path, Path], 
     assert where.startswith(str(tmp_path))
     capabilities = run(tmp_path / "venv/bin/vhostuser-blk", "--print-capabilities", "--nonsense", cwd=tmp_path)
     assert capabilities.strip() == '{"type": "block", "features": ["read-only", "blk-file"]}'
+    assert run(tmp_path / "venv/bin/vhostuser-net", "--print-capabilities", cwd=tmp_path).strip() == '{"type": "net"}'
 
 
 def test_the_bare_directory_refuses_to_be_a_second_copy() -> None:

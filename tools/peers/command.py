@@ -1,4 +1,4 @@
-"""``tools/results``: tries every back-end of the table that can be had, and writes docs/conformance-results.md.
+"""``tools/results``: tries every program of the table that can be had, and writes docs/conformance-results.md.
 
 What belongs here: options, the order of things, the files of results. What does not: trying (``run``), the page's text
 (``page``).
@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools/results", description="Puts back-ends through the conformance suite.")
+    parser = argparse.ArgumentParser(
+        prog="tools/results", description="Puts back-ends and front-ends through the conformance suite."
+    )
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", choices=["none", *(peer.name for peer in PEERS)],
         help="try only this one, and take the rest of the page from the last time; none: write the page anew",

@@ -1,4 +1,4 @@
-"""Tries a back-end: the whole suite, strictly, and once more what did not pass.
+"""Tries a program: the whole suite, strictly, and once more what did not pass.
 
 What belongs here: running ``vhostuser conform`` and reading what it found. What does not: who is tried (``table``),
 what is written about it (``page``).
