@@ -236,7 +236,26 @@ def turning(driver: PackedDriver, device: PlainDevice) -> Iterator[None]:
     yield from device.give_back(taken[::-1])
 
 
-@pytest.mark.parametrize("scene", [taking, returning, alike, turning])
+def crossing(driver: PackedDriver, device: PlainDevice) -> Iterator[None]:
+    """A batch over the ring's end, shorter than the ring: place and wrap counter change one behind the other."""
+    finish(returning(driver, device))
+    driver.take()
+    taken = [chain(driver, 2), chain(driver, 2)]
+    for _ in taken:
+        finish(device.take(2))
+    yield from device.give_back(taken)
+
+
+def overtaken(driver: PackedDriver, device: PlainDevice) -> Iterator[None]:
+    """The same, and the driver offers the place of the batch's first descriptor anew as soon as it is back."""
+    for _ in crossing(driver, device):
+        if driver.take():
+            for length in (3, 1, 2):
+                chain(driver, length)
+        yield
+
+
+@pytest.mark.parametrize("scene", [taking, returning, alike, turning, crossing, overtaken])
 def test_a_crash_behind_any_store_loses_nothing_and_returns_nothing_twice(guest: Guest, scene: Scene) -> None:
     with_device, at = [], 0
     while True:

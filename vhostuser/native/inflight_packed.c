@@ -79,7 +79,8 @@ static bool same(struct vu_place a, struct vu_place b)
 }
 
 /* Goes on from where the last batch that the driver can have seen ended. Whether it saw the one that was under way, the
- * flags of the first descriptor tell, which are written last. */
+ * flags of the first descriptor tell, which are written last; but not once the wrap counter is sealed and the index is not:
+ * the driver may have offered that place anew. Only in a batch over the ring's end does this look like a step back. */
 static int settle(struct vu_inflight_queue *queue, const struct vu_packed_desc *ring, uint32_t size,
                   struct vu_packed_found *found)
 {
@@ -90,13 +91,18 @@ static int settle(struct vu_inflight_queue *queue, const struct vu_packed_desc *
         return VU_E_INFLIGHT;
     uint16_t available = old.wrap ? VU_PACKED_AVAIL : VU_PACKED_USED;
     uint16_t flags = vu_load16_acquire(&ring[old.index].flags) & (VU_PACKED_AVAIL | VU_PACKED_USED);
-    bool moved = !same(now, old), seen = moved && flags != available;
+    bool half_sealed = now.wrap == old.wrap && now.index < old.index;
+    bool seen = half_sealed || (!same(now, old) && flags != available);
     queue->free_head = vu_load16(seen ? &region->free_head : &region->old_free_head);
     found->used = seen ? now : old;
-    found->undone = 0;
-    if (moved && !seen)
-        found->undone = vu_place_distance(old, now, size);
-    return found->undone > size ? VU_E_INFLIGHT : 0;
+    return !seen && vu_place_distance(old, now, size) > size ? VU_E_INFLIGHT : 0;
+}
+
+/* The index first, unlike a move: a step back in the same turn would be taken for half a seal. */
+static void withdraw(struct vu_inflight_queue *queue, struct vu_place used)
+{
+    vu_store16_release(&queue->packed->used_idx, used.index);
+    store8(&queue->packed->used_wrap_counter, used.wrap);
 }
 
 /* Marks `count` entries of a list, `size` for as many as it has: the last one, or -1 if it leaves the region, runs into
@@ -158,7 +164,7 @@ static int recover(struct vu_inflight_queue *queue, const struct vu_packed_desc 
     vu_inflight_sort(taken, *count);
     queue->counter = *count ? taken[*count - 1].counter + 1 : 0;
     vu_store16(&queue->packed->free_head, queue->free_head);
-    vu_inflight_packed_move(queue, found->used);
+    withdraw(queue, found->used);
     vu_inflight_packed_seal(queue, found->used);
     return 0;
 }

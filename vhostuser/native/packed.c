@@ -94,8 +94,9 @@ static int log_ring(vu_queue *queue, uint16_t index)
     return vu_log_set(queue->log, queue->packed.ring_guest + vu_desc_bytes(index), sizeof *queue->packed.ring);
 }
 
-/* A batch that a process before us was about to return: what it had of it in the ring must not be seen. Its first
- * descriptor was not there yet, and the driver looks at that first. */
+/* Of a batch that a process before us was about to return, places behind the first may say that they are used, which the
+ * driver must not see when it gets there. All that lie among those in flight are ours to write, and nobody reads them for
+ * what they were: the region has the chains. Done again as often as a start is cut off. */
 static int take_back(vu_queue *queue, struct vu_place place, uint32_t count)
 {
     int code = 0;
@@ -112,11 +113,11 @@ static int take_back(vu_queue *queue, struct vu_place place, uint32_t count)
 static int start(vu_queue *queue)
 {
     if (queue->inflight.packed) {
-        struct vu_packed_found found = {queue->packed.next_used, queue->packed.held, 0};
+        struct vu_packed_found found = {queue->packed.next_used, queue->packed.held};
         int code = vu_inflight_packed_recover(&queue->inflight, queue->packed.ring, queue->size, queue->resubmit, &found,
                                               &queue->resubmit_count);
         if (!code)
-            code = take_back(queue, found.used, found.undone);
+            code = take_back(queue, found.used, found.held);
         if (code)
             return code;
         queue->packed.held = found.held;

@@ -191,7 +191,6 @@ void vu_inflight_seal(struct vu_inflight_queue *queue, uint16_t used);
 struct vu_packed_found {
     struct vu_place used; /* where the ring goes on: as the base says, and then as the region does unless it is fresh */
     uint32_t held;        /* places of the ring that chains in flight have; in and out as `used` */
-    uint32_t undone;      /* places that a batch which does not count may have been shown in, from `used` on */
 };
 /* As vu_inflight_recover; or VU_E_NOMEM. */
 int vu_inflight_packed_recover(struct vu_inflight_queue *queue, const struct vu_packed_desc *ring, uint32_t size,
