@@ -209,6 +209,23 @@ async def test_a_checksum_is_completed_for_a_driver_that_cannot(connected: Conne
     assert (got, data) == (NetHeader(num_buffers=1), whole)
 
 
+async def test_a_checksum_is_completed_once_however_often_the_frame_is_looked_at(connected: Connected) -> None:
+    """A frame that waits for a buffer is looked at again; its bytes are the end's, and stay what they were until then."""
+    guest = await connected(loopback(), features=DRIVABLE & ~bit(NetFeature.GUEST_CSUM), post=False)
+    await guest.running()
+    partial, whole = udp(b"waits")
+    queue, memory = guest.pair.rings[0].queue, guest.pair.memory
+    assert memory is not None
+    for _ in range(8):
+        await guest.transmit(header(start=34, offset=6), partial)
+        head = queue.offer(writable=[(RECEIVED, 2048)])
+        guest.publish(0)
+        while (used := queue.take()) is None:
+            await guest.called(0)
+        assert used == (head, 12 + len(whole))
+        assert memory.read(RECEIVED + 12, len(whole)) == whole
+
+
 @pytest.mark.parametrize(
     ("kind", "feature"),
     [

@@ -134,15 +134,23 @@ static uint16_t internet_checksum(const uint8_t *bytes, uint32_t length)
     return (uint16_t)~sum;
 }
 
-static enum vu_drop complete_checksum(struct vu_frame *frame)
+/* Where the checksum goes. */
+static uint32_t checksum_at(const struct vu_frame *frame)
 {
-    uint32_t start = le16toh(frame->header.csum_start), at = start + le16toh(frame->header.csum_offset);
-    if (at + 2 > frame->length)
-        return VU_DROP_CHECKSUM;
+    return (uint32_t)le16toh(frame->header.csum_start) + le16toh(frame->header.csum_offset);
+}
+
+static void complete_checksum(struct vu_frame *frame)
+{
+    uint32_t start = le16toh(frame->header.csum_start);
     uint16_t sum = internet_checksum(frame->bytes + start, frame->length - start);
     sum = sum ? sum : 0xffff; /* in UDP zero means that there is none, to TCP both are the same */
-    memcpy(frame->bytes + at, &sum, 2);
-    return VU_DROP_NONE;
+    memcpy(frame->bytes + checksum_at(frame), &sum, 2);
+}
+
+static bool needs_checksum(const vu_net *net, const struct vu_frame *frame)
+{
+    return frame->header.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM && !vu_net_has(net, VIRTIO_NET_F_GUEST_CSUM);
 }
 
 static bool takes_kind(const vu_net *net, const struct vu_frame *frame)
@@ -163,15 +171,19 @@ static bool takes_kind(const vu_net *net, const struct vu_frame *frame)
     }
 }
 
-enum vu_drop vu_net_fit(const vu_net *net, struct vu_frame *frame)
+enum vu_drop vu_net_refuse(const vu_net *net, const struct vu_frame *frame)
 {
     if (frame->header.gso_type != VIRTIO_NET_HDR_GSO_NONE && !takes_kind(net, frame))
         return VU_DROP_SEGMENTATION;
-    if (!frame->header.flags || vu_net_has(net, VIRTIO_NET_F_GUEST_CSUM))
-        return VU_DROP_NONE;
-    enum vu_drop why = frame->header.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM ? complete_checksum(frame) : VU_DROP_NONE;
-    memset(&frame->header, 0, sizeof frame->header);
-    return why;
+    return needs_checksum(net, frame) && checksum_at(frame) + 2 > frame->length ? VU_DROP_CHECKSUM : VU_DROP_NONE;
+}
+
+void vu_net_fit(const vu_net *net, struct vu_frame *frame)
+{
+    if (needs_checksum(net, frame))
+        complete_checksum(frame);
+    if (frame->header.flags && !vu_net_has(net, VIRTIO_NET_F_GUEST_CSUM))
+        memset(&frame->header, 0, sizeof frame->header);
 }
 
 /* ---- counters -------------------------------------------------------------------------------------------------------- */

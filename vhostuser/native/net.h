@@ -116,8 +116,11 @@ static inline bool vu_net_has(const vu_net *net, unsigned feature)
 
 /* Reads the header of what the guest transmits, and judges it: VU_DROP_NONE, or why it is dropped. Inside a guard. */
 enum vu_drop vu_net_parse(const vu_net *net, const vu_chain *chain, struct vu_packet *packet);
-/* Makes a frame into one that the guest's driver accepts: VU_DROP_NONE, or why that cannot be. */
-enum vu_drop vu_net_fit(const vu_net *net, struct vu_frame *frame);
+/* Why a frame cannot be made into one that the guest's driver accepts, or VU_DROP_NONE. Changes nothing. */
+enum vu_drop vu_net_refuse(const vu_net *net, const struct vu_frame *frame);
+/* Makes it into one. Once only, just before it is filled in: the bytes are the end's, and there once more for the next
+ * look as long as they are not taken. */
+void vu_net_fit(const vu_net *net, struct vu_frame *frame);
 /* Adds the tally to the ring's counters, and clears it. */
 void vu_net_settle(vu_net *net, uint32_t ring, struct vu_net_stats *tally);
 static inline void vu_net_count_drop(struct vu_net_stats *tally, enum vu_drop why)

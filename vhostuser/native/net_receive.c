@@ -80,7 +80,7 @@ static uint32_t plan(struct receive *run, uint32_t frames, uint32_t *used)
     run->starved = false;
     for (; n < frames && !run->starved; n++) {
         struct placement *placement = &run->placements[n];
-        enum vu_drop why = vu_net_fit(run->net, &run->frames[n]);
+        enum vu_drop why = vu_net_refuse(run->net, &run->frames[n]);
         *placement = (struct placement){at, 0};
         if (why != VU_DROP_NONE) {
             vu_net_count_drop(&run->tally, why);
@@ -95,6 +95,8 @@ static uint32_t plan(struct receive *run, uint32_t frames, uint32_t *used)
         if (verdict == TOO_LARGE) {
             placement->count = 0;
             vu_net_count_drop(&run->tally, VU_DROP_ROOM);
+        } else {
+            vu_net_fit(run->net, &run->frames[n]);
         }
         at += placement->count;
     }
@@ -265,7 +267,7 @@ static int sleep_for(struct receive *run, bool frames)
 {
     const struct vu_end_kind *kind = run->end->kind;
     struct vu_engine_wish wish = {
-        .kick = !run->engine.stopping && run->starved,
+        .kick = !run->engine.stopping && run->starved && room(run),
         .pages = true,
         .other = {{.fd = frames ? kind->receive_fd(run->end, run->pair) : -1, .events = POLLIN}, {.fd = -1}},
     };
