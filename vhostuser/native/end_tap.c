@@ -117,6 +117,10 @@ static ssize_t write_frame(const struct tap *tap, struct tap_pair *pair, const v
     if (count > VECTORS) {
         uint8_t *to = pair->sent;
         vu_packets_copy(map, packet, &to, 1);
+        if (packet->drop != VU_DROP_NONE) {
+            errno = EFAULT; /* as writev says where memory is lost under it */
+            return -1;
+        }
         count = tap->vnet;
         pair->iov[count++] = (struct iovec){pair->sent, packet->length};
     }

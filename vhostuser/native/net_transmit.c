@@ -19,6 +19,7 @@ struct transmit {
     struct vu_held held;
     /* Written before they are read. */
     struct vu_packet packets[VU_NET_BATCH];
+    uint8_t verdicts[VU_NET_BATCH]; /* of each chain: VU_DROP_NONE, or why its frame may not pass */
     vu_chain *done[VU_NET_BATCH];
 };
 
@@ -41,18 +42,16 @@ static void judge_guarded(struct transmit *run, uint32_t count, volatile uint32_
 {
     struct vu_guard guard;
     if (VU_GUARD(&guard, vu_queue_map(run->engine.queue))) {
-        vu_net_count_drop(&run->tally, VU_DROP_FAULT);
+        run->verdicts[*at] = VU_DROP_FAULT;
         *at = *at + 1;
         return;
     }
     for (uint32_t i = *at, n = *passed; i < count; *at = ++i) {
         struct vu_packet *packet = &run->packets[n];
-        enum vu_drop why = vu_net_parse(run->net, vu_held_at(&run->held, i), packet);
+        run->verdicts[i] = (uint8_t)vu_net_parse(run->net, vu_held_at(&run->held, i), packet);
         packet->chain = (uint16_t)i;
-        if (why == VU_DROP_NONE)
+        if (run->verdicts[i] == VU_DROP_NONE)
             *passed = ++n;
-        else
-            vu_net_count_drop(&run->tally, why);
     }
     vu_guard_leave(&guard);
 }
@@ -75,6 +74,14 @@ static void count_sent(struct transmit *run, uint32_t sent)
             vu_net_count_drop(&run->tally, run->packets[i].drop);
         }
     }
+}
+
+/* Of chains that are done with: those behind a frame that waits are judged again. */
+static void count_refused(struct transmit *run, uint32_t done)
+{
+    for (uint32_t i = 0; i < done; i++)
+        if (run->verdicts[i] != VU_DROP_NONE)
+            vu_net_count_drop(&run->tally, run->verdicts[i]);
 }
 
 static int give_back(struct transmit *run, uint32_t count)
@@ -100,6 +107,7 @@ static int send(struct transmit *run, uint32_t count)
     run->blocked = sent < passed;
     count_sent(run, sent);
     uint32_t done = run->blocked ? run->packets[sent].chain : count;
+    count_refused(run, done);
     int code = done ? give_back(run, done) : 0;
     return code < 0 ? code : (int)done;
 }
