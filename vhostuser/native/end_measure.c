@@ -83,6 +83,7 @@ vu_end *vu_end_measure(uint32_t pairs, const void *frame, uint32_t length, int *
     }
     measure->end = (vu_end){&kind, pairs};
     measure->length = length;
-    memcpy(measure->frame, frame, length);
+    if (length)
+        memcpy(measure->frame, frame, length);
     return &measure->end;
 }

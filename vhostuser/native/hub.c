@@ -98,7 +98,7 @@ static void learn(const vu_hub *hub, uint64_t address, uint32_t port, uint32_t n
 
 static uint32_t find(const vu_hub *hub, uint64_t address, uint32_t now)
 {
-    struct station *set = is_group(address) ? NULL : set_of(hub, address);
+    struct station *set = is_group(address) || !address ? NULL : set_of(hub, address); /* 0 is that of nobody */
     for (int i = 0; set && i < WAYS; i++) {
         uint64_t known = atomic_load_explicit(&set[i].known, memory_order_relaxed);
         if (known >> 16 == address && fresh(&set[i], now))
