@@ -210,7 +210,7 @@ async def test_a_checksum_is_completed_for_a_driver_that_cannot(connected: Conne
 
 
 async def test_a_checksum_is_completed_once_however_often_the_frame_is_looked_at(connected: Connected) -> None:
-    """A frame that waits for a buffer is looked at again; its bytes are the end's, and stay what they were until then."""
+    """A frame that waits for a buffer is looked at again; until then its bytes stay what they were."""
     guest = await connected(loopback(), features=DRIVABLE & ~bit(NetFeature.GUEST_CSUM), post=False)
     await guest.running()
     partial, whole = udp(b"waits")

@@ -3,9 +3,10 @@
  *
  *     net SEED ROUNDS
  *
- * Random chains and random headers go through two ports of a hub, part of guest memory being lost in some rounds; then
- * threads fill one mailbox while another empties it. A tap, played by a socket, is full or gets lost frames. What is right frame by frame is judged by the tests in Python; here
- * that no input touches memory that is not ours, that every buffer comes back, and that what arrives is whole and in order.
+ * Random chains and random headers go through two ports of a hub, part of guest memory being lost in some rounds; a tap,
+ * played by a socket, is full or gets frames that are lost; then threads fill one mailbox while another empties it. What is
+ * right frame by frame is judged by the tests in Python; here that no input touches memory that is not ours, that every
+ * buffer comes back, and that what arrives is whole and in order.
  * Exit status 0, or a line on stderr and 1.
  */
 #define _GNU_SOURCE
