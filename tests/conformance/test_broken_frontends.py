@@ -42,8 +42,9 @@ async def all_failures(names: list[str]) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest) -> dict[str, list[str]]:
     """What fails on each front-end that is tried; they spend most of their time waiting, so many at a time."""
-    chosen = [getattr(item, "callspec", None) for item in request.session.items]
-    names = sorted({spec.params["fault"] for spec in chosen if spec is not None and "fault" in spec.params})
+    ours = [item for item in request.session.items if item.path == request.path]
+    chosen = [getattr(item, "callspec", None) for item in ours]
+    names = sorted({spec.params["fault"] for spec in chosen if spec is not None})
     return asyncio.run(all_failures(names))
 
 
