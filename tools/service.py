@@ -327,7 +327,7 @@ class _Service:
         """Until the last front-end has gone, or the stop, which does not wait longer than the patience."""
         attending = asyncio.ensure_future(endpoint.attend(backend, once=self._options.once))
         stopped = asyncio.ensure_future(self._stop.wait())
-        helpers = [asyncio.ensure_future(helper()) for helper in beside]
+        helpers = [asyncio.ensure_future(_help(helper)) for helper in beside]
         await asyncio.wait((attending, stopped), return_when=asyncio.FIRST_COMPLETED)
         for helper in helpers:
             helper.cancel()
@@ -342,6 +342,14 @@ class _Service:
     def _dump(self, backend: Backend) -> None:
         state = {"device": self._device.state(), **backend.state()}
         print("vhostuser-state:", json.dumps(state, default=str), file=sys.stderr, flush=True)
+
+
+async def _help(helper: Beside) -> None:
+    """Runs what goes on beside the front-ends; whatever ends it is told, and ends nothing else."""
+    try:
+        await helper()
+    except Exception as error:
+        log.error("what ran beside the front-ends has ended: %s", error, exc_info=error)
 
 
 def _status(backend: Backend) -> str:

@@ -211,6 +211,32 @@ def test_the_manager_hears_that_the_control_thread_gets_on(start: Callable[..., 
     program.process.send_signal(signal.SIGSTOP)
 
 
+BROKEN = """
+import sys
+from vhostuser.device import Device
+from vhostuser.tools.service import Parser, serve
+
+async def beside(device):
+    raise ValueError("there was no reason")
+
+serve(Parser("broken", ""), sys.argv[1:], lambda _: Device(), beside=beside)
+"""
+
+
+def test_what_runs_beside_may_fail_and_the_front_ends_are_served_on(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    command = [sys.executable, "-P", "-c", BROKEN, f"--socket-path={path}", "--once"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert any("has ended: there was no reason" in line for line in process.stderr)
+            front_end(path).close()
+            assert "the front-end has gone" in process.stderr.read()
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+
+
 def test_every_line_of_the_log_names_the_socket(start: Callable[..., Program], tmp_path: Path) -> None:
     path = tmp_path / "s"
     program = start(f"--socket-path={path}", "--log-level=debug", f"--metrics=unix:{tmp_path}/m")
