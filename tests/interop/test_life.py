@@ -36,11 +36,11 @@ async def test_back_end_restarts_under_load(bench: Bench, end: signal.Signals, p
     disk = Disk(bench.guest, image)
     async with disk.read_throughout(), disk.write_throughout():
         for _ in range(3):
-            await asyncio.sleep(0.5)
             backend.send(end)
             await backend.ended()
             backend = await bench.backend(image, socket=backend.socket)
-        await bench.guest.run("dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct", within=30)
+            # QEMU 7.2 never tries again when it loses a back-end while it still sets it up, so that has to be over.
+            await bench.guest.run("dd if=/dev/vda of=/dev/null bs=64k count=16 iflag=direct", within=30)
     assert await disk.guest_md5(0, 32) == disk.md5(0, 32)
 
 
