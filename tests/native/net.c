@@ -11,6 +11,7 @@
  */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -335,6 +336,43 @@ static void receive_all(struct vu_mailbox *box)
     CHECK(atomic_load(&box->full) == 0);
 }
 
+/* While a sender is kept from its guest's memory, by a page that is not there, others send and the receiver receives. */
+static struct vu_mailbox slow_box;
+static uint8_t *slow_page;
+
+static void meanwhile(int number, siginfo_t *info, void *context)
+{
+    static const uint8_t frame[60] = {1};
+    struct vu_frame found[2];
+    (void)context;
+    if (info->si_addr != slow_page) {
+        signal(number, SIG_DFL);
+        return;
+    }
+    CHECK(vu_mailbox_put_own(&slow_box, frame, sizeof frame));
+    CHECK(vu_mailbox_look(&slow_box, found, 2) == 1 && found[0].length == sizeof frame && found[0].bytes[0] == 1);
+    vu_mailbox_take(&slow_box, 1);
+    CHECK(mprotect(slow_page, 4096, PROT_READ) == 0);
+}
+
+static void kept_sender(void)
+{
+    struct sigaction action = {.sa_sigaction = meanwhile, .sa_flags = SA_SIGINFO};
+    struct vu_frame found[2];
+    int error;
+    slow_page = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(slow_page != MAP_FAILED && sigaction(SIGSEGV, &action, NULL) == 0);
+    vu_map *map = vu_map_new(NULL, 0, &error); /* puts the guard's handler on top */
+    CHECK(map && vu_mailbox_open(&slow_box) == 0);
+    vu_segment segment = {slow_page, 100, 0};
+    struct vu_packet packet = {.drop = VU_DROP_NONE, .count = 1, .length = 100, .segments = &segment};
+    vu_mailbox_put(&slow_box, map, &packet, 1);
+    CHECK(vu_mailbox_look(&slow_box, found, 2) == 1 && found[0].length == 100);
+    vu_mailbox_close(&slow_box);
+    vu_map_put(map);
+    munmap(slow_page, 4096);
+}
+
 static void crowd(void)
 {
     static struct vu_mailbox box;
@@ -363,6 +401,7 @@ int main(int argc, char **argv)
         exchange(stop);
     lost_pieces();
     counted_once(stop);
+    kept_sender();
     crowd();
     close(stop);
     puts("ok");

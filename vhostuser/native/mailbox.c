@@ -1,9 +1,9 @@
 /*
  * Frames between threads.
  *
- * What belongs here: a ring of frames in memory of ours, without a lock: senders reserve slots by moving the tail, copy,
- * and say so in the slot's turn; the receiver takes what is whole, in order, and moves the head. What does not: who sends
- * to whom (hub.c).
+ * What belongs here: a ring of frames in memory of ours, without a lock: senders copy, reserve slots by moving the tail,
+ * fill them, and say so in the slot's turn; the receiver takes what is whole, in order, and moves the head. What does not:
+ * who sends to whom (hub.c).
  *
  * Turns and lengths are beside the bytes and not among them: what a guest puts into a frame is never taken for either.
  */
@@ -17,7 +17,10 @@
 
 #include "mailbox.h"
 
-enum { BYTES = VU_MAILBOX_SLOTS * VU_MAILBOX_SLOT };
+enum {
+    BYTES = VU_MAILBOX_SLOTS * VU_MAILBOX_SLOT,
+    COPIES = 16384, /* bytes copied out of guest memory at once, or one frame: the nearest cache holds them */
+};
 
 static uint32_t slots_for(uint32_t length)
 {
@@ -111,20 +114,18 @@ static void seal(struct vu_mailbox *box, uint64_t slot, const struct virtio_net_
     atomic_store_explicit(&mail->turn, slot + 1, memory_order_release);
 }
 
-static void put_batch(struct vu_mailbox *box, const vu_map *map, struct vu_packet *packets, uint32_t count)
+/* Into slots that are reserved only now: whatever keeps a sender from guest memory, others that send to this box and the
+ * one who receives from it are not kept. */
+static void deliver(struct vu_mailbox *box, const struct vu_packet *packets, uint8_t *const *from, uint32_t count)
 {
-    uint8_t *to[VU_NET_BATCH];
-    uint64_t first, slot;
-    uint32_t n = reserve(box, packets, count, &first);
-
-    slot = first;
-    for (uint32_t i = 0; i < n; slot += slots_for(packets[i++].length))
-        to[i] = bytes_of(box, slot);
-    vu_packets_copy(map, packets, to, n);
-    slot = first;
-    for (uint32_t i = 0; i < n; slot += slots_for(packets[i++].length))
-        seal(box, slot, &packets[i].header, packets[i].drop == VU_DROP_NONE ? packets[i].length : 0,
-             slots_for(packets[i].length));
+    uint64_t slot;
+    uint32_t n = reserve(box, packets, count, &slot);
+    for (uint32_t i = 0; i < n; slot += slots_for(packets[i++].length)) {
+        bool lost = packets[i].drop != VU_DROP_NONE;
+        if (!lost)
+            memcpy(bytes_of(box, slot), from[i], packets[i].length);
+        seal(box, slot, &packets[i].header, lost ? 0 : packets[i].length, slots_for(packets[i].length));
+    }
     if (n < count)
         atomic_fetch_add_explicit(&box->full, count - n, memory_order_relaxed);
     if (n)
@@ -133,9 +134,13 @@ static void put_batch(struct vu_mailbox *box, const vu_map *map, struct vu_packe
 
 void vu_mailbox_put(struct vu_mailbox *box, const vu_map *map, struct vu_packet *packets, uint32_t count)
 {
+    uint8_t copies[VU_NET_FRAME_MOST], *to[VU_NET_BATCH];
     for (uint32_t n; count; packets += n, count -= n) {
-        n = (uint32_t)vu_least(count, VU_NET_BATCH);
-        put_batch(box, map, packets, n);
+        uint32_t used = 0;
+        for (n = 0; n < count && n < VU_NET_BATCH && (!n || used + packets[n].length <= COPIES); used += packets[n++].length)
+            to[n] = copies + used;
+        vu_packets_copy(map, packets, to, n);
+        deliver(box, packets, to, n);
     }
 }
 
