@@ -144,8 +144,9 @@ typedef struct vu_chain {
 vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_inflight *inflight, int *error);
 /* Frees; chains still out become invalid. */
 void vu_queue_free(vu_queue *queue);
-/* For GET_VRING_BASE: the next available index; packed: both places. Only when no chain is out, else chains in flight are lost; with an
- * in-flight region they are not, it names them and they come again (and then decide where to go on, not the base). */
+/* For GET_VRING_BASE: the next available index; packed: both places. Only when no chain is out, else chains in flight are
+ * lost; with an in-flight region they are not, it names them and they come again (and then decide where to go on, not the
+ * base). */
 uint32_t vu_queue_base(const vu_queue *queue);
 uint32_t vu_queue_out(const vu_queue *queue); /* chains popped and not yet pushed */
 int vu_queue_broken(const vu_queue *queue);   /* 0 or the sticky VU_E_ code */
@@ -239,11 +240,9 @@ typedef struct {
     uint32_t head, length; /* head; packed: buffer id. bytes that the device says it wrote */
 } vu_returned;
 
-/* A ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches]
- * */
+/* A ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches] */
 vu_driver *vu_driver_new(vu_map *map, uint64_t at, uint32_t size, uint32_t flags, int *error);
-/* The same with each part where the caller wants it: aligned as the specification asks, each in one region. [touches]
- * */
+/* The same with each part where the caller wants it: aligned as the specification asks, each in one region. [touches] */
 vu_driver *vu_driver_place(vu_map *map, const struct vu_driver_parts *parts, uint32_t size, uint32_t flags, int *error);
 /* Goes on in another map that holds the same ring at the same guest addresses. Touches nothing. On failure stays. */
 int vu_driver_move(vu_driver *driver, vu_map *map);
@@ -260,8 +259,7 @@ int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count);
 int vu_driver_add_many(vu_driver *driver, const vu_buffer *buffers, const uint32_t *counts, uint32_t chains, uint16_t *heads);
 /* Publishes what was added; 1 if the device wants a kick, else 0. [touches] */
 int vu_driver_publish(vu_driver *driver);
-/* Takes one used chain: 1 and its head and length, 0 if there is none, negative if the device broke the ring. [touches]
- * */
+/* Takes one used chain: 1 and its head and length, 0 if there is none, negative if the device broke the ring. [touches] */
 int vu_driver_take(vu_driver *driver, uint16_t *head, uint32_t *length);
 /* Takes up to `max`: how many. Those in front of one that breaks the ring are handed out first. [touches] */
 int vu_driver_take_many(vu_driver *driver, vu_returned *returned, uint32_t max);
@@ -318,14 +316,12 @@ int vu_queue_set_touch(vu_queue *queue, vu_touch *touch);
 /* Touches the ring's own pages, several at once. [touches] */
 int vu_queue_touch_ring(vu_queue *queue);
 /* 0: every page of the chain is resident, go on. 1: missing pages were asked for, the chain comes back through
- * vu_ahead_collect. A chain with one missing page in a queue with nothing else to do is touched at once ([touches], 0).
- * */
+ * vu_ahead_collect. A chain with one missing page in a queue with nothing else to do is touched at once ([touches], 0). */
 int vu_ahead_submit(vu_queue *queue, vu_chain *chain, int alone);
 /* Chains whose pages have all been touched; chain->fault tells of those that could not. Never blocks. */
 int vu_ahead_collect(vu_queue *queue, vu_chain **chains, uint32_t max);
 uint32_t vu_ahead_waiting(const vu_queue *queue); /* chains submitted and not yet collected */
-int vu_ahead_fd(const vu_queue *queue);           /* an eventfd, readable when collect has something; -1 without a pool
- * */
+int vu_ahead_fd(const vu_queue *queue);           /* an eventfd, readable when collect has something; -1 without a pool */
 
 /* ---- the fault server's state: which pages are there, who waits for which (faultpages.c) -------------------- */
 

@@ -2,8 +2,8 @@
  * The packed ring as the device sees it (virtio 1.2, 2.8).
  *
  * What belongs here: descriptors, places and wrap counters, event suppression, and the order of writes. What does not:
- * where chains live (chain.c), how memory is guarded (queue.c), which tables are accepted (table.c). Every descriptor is loaded
- * once into local variables and judged there: the driver may write while we look.
+ * where chains live (chain.c), how memory is guarded (queue.c), which tables are accepted (table.c). Every descriptor is
+ * loaded once into local variables and judged there: the driver may write while we look.
  */
 #include <stdlib.h>
 
