@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.queue.guest import NEXT, WRITE, Guest
+from tests.queue.guest import INDIRECT, NEXT, WRITE, Guest
 from tests.queue.packed import PackedDriver, PackedRing
 from vhostuser._native import lib
 from vhostuser.protocol import Inflight, QueueBroken
@@ -403,6 +403,17 @@ def test_a_saved_descriptor_is_judged_as_any_other(guest: Guest, region: Region)
     with pytest.raises(QueueBroken) as caught:
         ring.open(inflight=region.native).pop()
     assert caught.value.code == lib.VU_E_RANGE
+
+
+def test_a_saved_table_is_the_last_of_its_chain(guest: Guest, region: Region) -> None:
+    ring = PackedRing(guest, SIZE)
+    device, driver = PlainDevice(ring, region), PackedDriver(ring)
+    chain(driver, 2)
+    finish(device.take(2))
+    region.set_entry(0, addr=0x8000, len=16, flags=INDIRECT)
+    with pytest.raises(QueueBroken) as caught:
+        ring.open(inflight=region.native).pop()
+    assert caught.value.code == lib.VU_E_INDIRECT
 
 
 def test_a_region_of_the_other_format_is_refused(guest: Guest) -> None:

@@ -200,6 +200,9 @@ static int parse_saved(vu_queue *queue, struct vu_slot *slot, const struct vu_ta
         uint64_t words[2];
         slot->last = entry;
         entry = vu_inflight_packed_load(&queue->inflight, entry, words);
+        /* As in the ring: nothing follows a table, or a chain could have as many as it has entries. */
+        if (flags_of(words[1]) & VU_DESC_INDIRECT && i + 1 < taken->num)
+            return VU_E_INDIRECT;
         int code = parse_one(queue, slot, words);
         if (code)
             return code;
