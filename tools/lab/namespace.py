@@ -44,6 +44,13 @@ class Namespace:
         _ip("-n", self.name, "address", "add", self.address, "dev", interface)
         _ip("-n", self.name, "link", "set", interface, "up")
 
+    def bridge(self, name: str, *interfaces: str) -> None:
+        """A bridge of these interfaces, which has our address."""
+        _ip("-n", self.name, "link", "add", name, "type", "bridge")
+        for interface in interfaces:
+            _ip("-n", self.name, "link", "set", interface, "master", name, "up")
+        self.address_to(name)
+
 
 def _ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
