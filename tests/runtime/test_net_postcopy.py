@@ -93,10 +93,10 @@ async def guest(migrations: Callable[..., Migration]) -> AsyncIterator[Guest]:
 
 
 async def test_a_receive_buffer_that_is_missing_holds_up_its_ring_alone(guest: Guest) -> None:
-    """Buffers behind it that are there wait for it: frames are received in order."""
+    """It is asked for before there is a frame for it. Buffers behind it wait for it: frames are received in order."""
     await guest.arrive(received=MISSING, sent=HERE)
-    guest.neighbour.send(*TO_GUEST)
     await guest.migration.blocked()
+    guest.neighbour.send(*TO_GUEST)
     guest.bring(1, 2, 3)
     await guest.transmit()
     assert [data for _, data in await guest.neighbour.receive(COUNT)] == TO_NEIGHBOUR
