@@ -330,6 +330,7 @@ static int sleep_until(vu_driver *driver, int call, uint64_t end)
 {
     for (;;) {
         uint64_t count, time = now();
+        struct iovec iov = {&count, sizeof count};
         int some = vu_driver_arm(driver);
         if (some || time >= end)
             return some;
@@ -338,7 +339,8 @@ static int sleep_until(vu_driver *driver, int call, uint64_t end)
         int ready = ppoll(&fd, 1, &left, NULL);
         if (ready < 0 && errno != EINTR)
             return VU_E_SYS;
-        if (ready > 0 && read(call, &count, sizeof count) < 0 && errno != EAGAIN)
+        /* A back-end may make it a blocking one and read it itself, so poll's word is not enough. */
+        if (ready > 0 && preadv2(call, &iov, 1, -1, RWF_NOWAIT) < 0 && errno != EAGAIN)
             return VU_E_SYS;
     }
 }
