@@ -60,7 +60,7 @@ class Scene:
 )
 async def test_faults_are_served(bench: Bench, options: list[str], hardware: Hardware) -> None:
     """While the state is postcopy-active: faults served, requests completed, every base right, no byte wrong."""
-    faults, requests = (5, 50) if hardware.hugepages else (50, 100)
+    faults, requests = (5, 50) if hardware.hugepages else (20, 100)
     scene = Scene(bench, hardware, options)
     migration = await scene.set()
     async with scene.disk.read_throughout():
