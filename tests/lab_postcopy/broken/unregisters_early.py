@@ -23,12 +23,12 @@ def touch(regions: Regions) -> TouchPool | None:
     return right_touch.fget(regions)  # type: ignore[misc,no-any-return]
 
 
-def run(ring: Ring, *arguments: Any) -> Any:
+def run(ring: Ring, *arguments: Any, **named: Any) -> Any:
     for regions in early:
         for region in regions.memory.regions:
             regions._half()._shared().unregister(region.base, region.length)
     early.clear()
-    return right_run(ring, *arguments)
+    return right_run(ring, *arguments, **named)
 
 
 Regions.touch = property(touch)  # type: ignore[assignment,method-assign]
