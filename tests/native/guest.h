@@ -1,5 +1,5 @@
 /*
- * A guest's memory, random numbers, and the judgement of popped chains, for the programs in this directory.
+ * A guest's memory and the judgement of popped chains, for the programs about rings in this directory.
  */
 #ifndef VHOSTUSER_TEST_GUEST_H
 #define VHOSTUSER_TEST_GUEST_H
@@ -16,15 +16,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "core.h"
-
-#define CHECK(condition)                                                       \
-    do {                                                                       \
-        if (!(condition)) {                                                    \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
-            exit(1);                                                           \
-        }                                                                      \
-    } while (0)
 
 #define NEAR_SIZE (UINT64_C(1) << 20)
 #define NEXT_SIZE (UINT64_C(1) << 16)
@@ -32,22 +25,6 @@
 #define FAR_SIZE (UINT64_C(1) << 20)
 #define LOG_SIZE (UINT64_C(1) << 18)
 #define USER (UINT64_C(1) << 46)
-
-/* xorshift64*: the same sequence on every machine. */
-static uint64_t state;
-
-static inline uint64_t any(void)
-{
-    state ^= state >> 12;
-    state ^= state << 25;
-    state ^= state >> 27;
-    return state * UINT64_C(2685821657736338717);
-}
-
-static inline uint64_t below(uint64_t limit)
-{
-    return any() % limit;
-}
 
 static inline int file_of(uint64_t size)
 {

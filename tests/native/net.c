@@ -21,33 +21,10 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "mailbox.h"
 
-#define CHECK(condition)                                                       \
-    do {                                                                       \
-        if (!(condition)) {                                                    \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
-            exit(1);                                                           \
-        }                                                                      \
-    } while (0)
-
 enum { RING = 64, SAFE = 1 << 20, FRAGILE = 1 << 17, FRAGILE_AT = 1 << 24, BUFFERS = 1 << 18 };
-
-/* xorshift64*: the same sequence on every machine. */
-static uint64_t state;
-
-static uint64_t any(void)
-{
-    state ^= state >> 12;
-    state ^= state << 25;
-    state ^= state >> 27;
-    return state * UINT64_C(2685821657736338717);
-}
-
-static uint64_t below(uint64_t limit)
-{
-    return any() % limit;
-}
 
 /* ---- random chains ------------------------------------------------------------------------------------------------------ */
 
