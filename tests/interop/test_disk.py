@@ -17,6 +17,9 @@ from vhostuser.tools.lab.workload import Disk
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
 
+# The 512-byte blocks by which st_blocks may grow when an extent is split: ext4 counts its tree as the file's.
+EXTENT_TREE = 128
+
 
 async def test_reads_and_writes(bench: Bench) -> None:
     """Buffered and direct, whole and in part, all bytes are where the other side put them."""
@@ -75,7 +78,7 @@ async def test_discard(bench: Bench) -> None:
     await bench.guest.run(f"blkdiscard -o {4 * MIB} -l {8 * MIB} /dev/vda")
     expected = before[: 4 * MIB] + bytes(8 * MIB) + before[12 * MIB :]
     assert image.read_bytes() == expected
-    assert allocated - image.stat().st_blocks >= 8 * MIB // 512
+    assert allocated - image.stat().st_blocks >= 8 * MIB // 512 - EXTENT_TREE
     assert await Disk(bench.guest, image).guest_md5(0, 32) == hashlib.md5(expected).hexdigest()
 
 
@@ -128,8 +131,8 @@ async def test_write_zeroes(bench: Bench) -> None:
         assert image.read_bytes() == content
         return before - image.stat().st_blocks
 
-    assert await zeroed(FALLOC_FL_ZERO_RANGE_KEEP_SIZE, 4 * MIB) == 0
-    assert await zeroed(FALLOC_FL_PUNCH_HOLE_KEEP_SIZE, 16 * MIB) >= 4 * MIB // 512
+    assert abs(await zeroed(FALLOC_FL_ZERO_RANGE_KEEP_SIZE, 4 * MIB)) <= EXTENT_TREE
+    assert await zeroed(FALLOC_FL_PUNCH_HOLE_KEEP_SIZE, 16 * MIB) >= 4 * MIB // 512 - EXTENT_TREE
     assert value_in((await backend.state())["metrics"], REQUESTS, kind="write_zeroes") >= 2
     assert await Disk(bench.guest, image).guest_md5(0, 32) == hashlib.md5(content).hexdigest()
 
