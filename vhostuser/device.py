@@ -65,7 +65,8 @@ class Device:
     """How many requests of one ring may be in ``handle`` at the same time."""
 
     features: int = 0
-    """Feature bits of the device type (0 to 23, 50 and up). The transport adds its own."""
+    """Feature bits of the device type (0 to 23, 50 and up), and IN_ORDER where every ring returns requests in the order
+    in which it took them. The transport adds its own."""
 
     metrics: ClassVar[tuple[Metric, ...]] = ()
     """What the device counts beside what the runtime does for every queue; ``measure`` has the numbers."""

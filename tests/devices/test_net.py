@@ -18,6 +18,9 @@ from vhostuser.protocol import BackendRequest, ProtocolFeature, RequestRefused, 
 LEGACY = DRIVABLE & ~VirtioFeature.VERSION_1.mask
 PLAIN = DRIVABLE & ~bit(MRG_RXBUF)
 PACKED = DRIVABLE | VirtioFeature.RING_PACKED.mask
+IN_ORDER = pytest.mark.parametrize(
+    "features", [base | VirtioFeature.IN_ORDER.mask for base in (DRIVABLE, PACKED)], ids=["split", "packed"]
+)
 HEADERS = pytest.mark.parametrize(
     "features",
     [DRIVABLE, PLAIN, LEGACY, LEGACY & ~bit(MRG_RXBUF), PACKED],
@@ -310,6 +313,41 @@ async def test_buffers_that_were_taken_and_not_used_are_given_back_at_a_stop(
         guest.send(*[frame(60, 100 + round)] * 5)
         assert [data for _, data in await guest.receive(5)] == [frame(60, 100 + round)] * 5
         await guest.sent(5 if round else 10)
+
+
+async def returned(guest: Interface, ring: int, count: int) -> list[int | None]:
+    """The heads of the next chains of a ring that come back."""
+    heads: list[int | None] = []
+    while len(heads) < count:
+        heads += [head for head, _ in guest.pair.rings[ring].queue.take_many(count - len(heads))]
+        if len(heads) < count:
+            await guest.called(ring)
+    return heads
+
+
+@IN_ORDER
+async def test_buffers_come_back_in_the_order_in_which_they_were_offered(connected: Connected, features: int) -> None:
+    """2.7.9, 2.8.10: dropped frames, useless buffers and those of frames in several pieces have their turn too. The
+    second round begins with the head that came back last; a stop is between two frames."""
+    guest = await connected(loopback(), features=features, post=False)
+    assert guest.pair.frontend.session.has(VirtioFeature.IN_ORDER)
+    receive, transmit = (ring.queue for ring in guest.pair.rings)
+    await guest.running()
+    wires = [guest.put(bytes(12) + frame(size)) for size in (60, 100, 61)]
+    for _ in range(2):
+        empty = [receive.offer(writable=[(RECEIVED + 256 * i, size)]) for i, size in enumerate((11, 72, 3, 64, 64, 80))]
+        guest.publish(0)
+        full = [transmit.offer([(wires[i], n)]) for i, n in ((0, 72), (0, 13), (1, 112), (0, 5))]
+        guest.publish(1)
+        assert await returned(guest, 1, len(full)) == full
+        assert await returned(guest, 0, 5) == empty[:5]
+        base = await guest.pair.frontend.stop_ring(guest.pair.rings[0])
+        await guest.pair.frontend.start_ring(guest.pair.rings[0], guest.pair.memory, base=base)  # type: ignore[arg-type]
+        guest.kick()
+        full = [transmit.offer([(wires[2], 73)])]
+        guest.publish(1)
+        assert await returned(guest, 1, 1) == full
+        assert await returned(guest, 0, 1) == empty[5:]
 
 
 async def test_what_is_received_is_in_the_dirty_log(connected: Connected) -> None:

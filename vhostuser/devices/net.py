@@ -18,7 +18,7 @@ from vhostuser._native import ffi, lib
 from vhostuser.device import Device, DeviceFailed, Engine
 from vhostuser.devices.ends import End, EndError, NetFeature
 from vhostuser.metrics import Kind, Metric, Sample
-from vhostuser.protocol import ProtocolFeature, RequestRefused
+from vhostuser.protocol import ProtocolFeature, RequestRefused, VirtioFeature
 
 if TYPE_CHECKING:
     from vhostuser.virtqueue import DeviceQueue
@@ -231,4 +231,6 @@ def _features(end: End) -> int:
     offered |= end.offloads
     if end.pairs > 1:
         offered.add(NetFeature.MQ)
-    return sum(1 << feature for feature in offered)
+    # The threads of all rings return chains in the order in which they took them (native/net_held.c). Each used entry is
+    # written, though the last of a batch would be enough (2.7.9): DPDK's driver reads the length of each.
+    return sum(1 << feature for feature in offered) | VirtioFeature.IN_ORDER.mask
