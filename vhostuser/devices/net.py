@@ -231,6 +231,6 @@ def _features(end: End) -> int:
     offered |= end.offloads
     if end.pairs > 1:
         offered.add(NetFeature.MQ)
-    # The threads of all rings return chains in the order in which they took them (native/net_held.c). Each used entry is
-    # written, though the last of a batch would be enough (2.7.9): DPDK's driver reads the length of each.
+    # The threads of all rings return chains in the order in which they took them (native/net_held.c). Each used entry
+    # is written, though the last of a batch would be enough (2.7.9): DPDK's driver reads the length of each.
     return sum(1 << feature for feature in offered) | VirtioFeature.IN_ORDER.mask
