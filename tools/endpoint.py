@@ -19,7 +19,7 @@ from vhostuser.backend import Backend
 
 _BACKLOG = 8
 # sun_path, without its terminating zero.
-_LONGEST_PATH = 107
+LONGEST_PATH = 107
 
 
 class EndpointError(Exception):
@@ -95,8 +95,8 @@ class SocketFile:
 
     def create(self, mode: int, group: int | None, kind: int = socket.SOCK_STREAM) -> socket.socket:
         """The listening socket, which is the caller's. Raises EndpointError."""
-        if len(os.fsencode(self._path)) > _LONGEST_PATH:
-            raise EndpointError(f"{self._path}: too long for a socket, at most {_LONGEST_PATH} bytes")
+        if len(os.fsencode(self._path)) > LONGEST_PATH:
+            raise EndpointError(f"{self._path}: too long for a socket, at most {LONGEST_PATH} bytes")
         try:
             self._claim()
             self._clear()

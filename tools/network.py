@@ -14,7 +14,9 @@ from typing import Final, NoReturn
 
 from vhostuser.devices.ends import End, EndError, Sink, Source, Tap, loopback
 from vhostuser.devices.net import MTU_LEAST, MTU_MOST, POLL_US, Net, NetSettings, local_mac
+from vhostuser.devices.sockets import Stream
 from vhostuser.tools import service
+from vhostuser.tools.endpoint import LONGEST_PATH, EndpointError, SocketFile
 from vhostuser.tools.manager import MOST_FDS
 from vhostuser.tools.service import Failure, Parser, number
 
@@ -24,7 +26,7 @@ _LONGEST_NAME = 15  # IFNAMSIZ, without its terminating zero
 
 def serve(program: str, arguments: Sequence[str]) -> NoReturn:
     """Runs until a signal or the last front-end ends it; ends the process."""
-    service.serve(_parser(program), arguments, _interface)
+    service.serve(_parser(program), arguments, _interface, Net.attend)
 
 
 def _parser(program: str) -> Parser:
@@ -34,7 +36,8 @@ def _parser(program: str) -> Parser:
         metavar="KIND[:WHAT]",
         type=_end,
         required=True,
-        help="where frames go: tap:NAME, tap:fd=N[,N...], loopback, sink, source[:BYTES]",
+        help="where frames go: tap:NAME, tap:fd=N[,N...], stream:PATH, stream:listen=PATH, "
+        "loopback, sink, source[:BYTES]",
     )
     parser.add_argument("--mac", metavar="ADDRESS", type=_mac, default=None, help="default: a random one")
     parser.add_argument("--mtu", metavar="BYTES", type=number(MTU_LEAST, MTU_MOST), default=1500, help="default 1500")
@@ -63,16 +66,16 @@ def _interface(options: argparse.Namespace) -> Net:
         poll_us=options.poll_us,
     )
     try:
-        return Net(options.end(options.queue_pairs), settings)
-    except EndError as error:
+        return Net(options.end(options), settings)
+    except (EndError, EndpointError) as error:
         raise Failure(str(error)) from None
 
 
 # ---- values
 
 
-MakeEnd = Callable[[int], End]
-"""Makes an end of so many pairs. Raises EndError."""
+MakeEnd = Callable[[argparse.Namespace], End]
+"""Makes an end as the other options say. Raises EndError, EndpointError."""
 
 
 def _end(text: str) -> MakeEnd:
@@ -87,12 +90,12 @@ def _tap(what: str) -> MakeEnd:
         fds = list(map(number(0, MOST_FDS), what.removeprefix("fd=").split(",")))
         if len(set(fds)) < len(fds) or len(fds) > _MOST_PAIRS:
             raise argparse.ArgumentTypeError(f"{what!r} is not fd=N[,N...] with a descriptor for each queue pair")
-        return lambda pairs: _passed(fds, pairs)
+        return lambda options: _passed(fds, options.queue_pairs)
     if not re.fullmatch(r"[^/\s]+", what) or len(os.fsencode(what)) > _LONGEST_NAME:
         raise argparse.ArgumentTypeError(
             f"tap:NAME needs the name of an interface, at most {_LONGEST_NAME} bytes, not {what!r}"
         )
-    return lambda pairs: Tap(what, pairs)
+    return lambda options: Tap(what, options.queue_pairs)
 
 
 def _passed(fds: list[int], pairs: int) -> Tap:
@@ -105,20 +108,43 @@ def _source(what: str) -> MakeEnd:
     size = int(what) if what.isdecimal() else 0 if what else 64
     if size not in Source.SIZES:
         raise argparse.ArgumentTypeError(f"source:BYTES, from {Source.SIZES[0]} to {Source.SIZES[-1]}, not {what!r}")
-    return lambda pairs: Source(pairs, size)
+    return lambda options: Source(options.queue_pairs, size)
 
 
-def _plain(make: MakeEnd) -> Callable[[str], MakeEnd]:
+def _stream(what: str) -> MakeEnd:
+    path = what.removeprefix("listen=")
+    if not 0 < len(os.fsencode(path)) <= LONGEST_PATH:
+        raise argparse.ArgumentTypeError(f"stream:[listen=]PATH, at most {LONGEST_PATH} bytes, not {what!r}")
+    return lambda options: Stream(path, options.queue_pairs) if path == what else _Listening(path, options)
+
+
+class _Listening(Stream):
+    """Its socket file goes with it."""
+
+    def __init__(self, path: str, options: argparse.Namespace) -> None:
+        super().__init__(path, options.queue_pairs)
+        self._file = SocketFile(path)
+        self.listen(self._file.create(options.socket_mode, options.socket_group))
+
+    async def attend(self, linked: Callable[[bool], None]) -> None:
+        try:
+            await super().attend(linked)
+        finally:
+            self._file.remove()
+
+
+def _plain(make: Callable[[int], End]) -> Callable[[str], MakeEnd]:
     def parse(what: str) -> MakeEnd:
         if what:
             raise argparse.ArgumentTypeError(f"this kind of end takes nothing behind it, not {what!r}")
-        return make
+        return lambda options: make(options.queue_pairs)
 
     return parse
 
 
 _KINDS: Final[dict[str, Callable[[str], MakeEnd]]] = {
     "tap": _tap,
+    "stream": _stream,
     "loopback": _plain(loopback),
     "sink": _plain(Sink),
     "source": _source,

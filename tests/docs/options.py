@@ -26,6 +26,7 @@ FOREIGN = frozenset(
         ),
         *("--socket-mem", "--stats-period", "--total-num-mbufs", "--vdev"),
         *("--blockdev", "--export"),  # qemu-storage-daemon
+        *("--foreground", "--socket", "--tcp-ports"),  # passt
     }
 )
 

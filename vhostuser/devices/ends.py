@@ -16,7 +16,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -75,7 +75,15 @@ class End:
     pairs: int
     offloads: frozenset[NetFeature] = frozenset()
     """What may be left to the other side of this end, and what it may leave to the guest."""
+    linked: bool = True
+    """Whether there is somebody at the other side, as far as the end can know."""
     native: Any
+
+    async def attend(self, linked: Callable[[bool], None]) -> None:
+        """What has to be done on the control thread as long as the end is used; returns if that is nothing.
+
+        ``linked`` is called there when somebody has come to the other side, and when nobody is there any more.
+        """
 
     def start(self, features: int) -> None:
         """The device starts with these negotiated features. Frames that are there already are forgotten: they were
@@ -95,7 +103,8 @@ class End:
         return self.kind
 
 
-def _made(end: Any, error: Any, what: str) -> Any:
+def made(end: Any, error: Any, what: str) -> Any:
+    """The ``vu_end`` or ``vu_hub`` in C, or EndError."""
     if end == ffi.NULL:
         code = error[0]
         reason = os.strerror(ffi.errno) if code == lib.VU_E_SYS else f"code {code}"
@@ -112,7 +121,7 @@ class Sink(End):
         error = ffi.new("int *")
         self.pairs = pairs
         end = lib.vu_end_measure(pairs, frame, len(frame), error)
-        self.native = ffi.gc(_made(end, error, self.kind), lib.vu_end_free)
+        self.native = ffi.gc(made(end, error, self.kind), lib.vu_end_free)
 
 
 class Source(Sink):
@@ -135,7 +144,7 @@ class Hub:
         error = ffi.new("int *")
         flags = learn * lib.VU_HUB_LEARN | reflect * lib.VU_HUB_REFLECT
         kind = "loopback" if reflect else "switch" if learn else "peer"
-        self.native = ffi.gc(_made(lib.vu_hub_new(ports, pairs, flags, error), error, kind), lib.vu_hub_free)
+        self.native = ffi.gc(made(lib.vu_hub_new(ports, pairs, flags, error), error, kind), lib.vu_hub_free)
         self.ports = [Port(self, number, pairs, kind) for number in range(ports)]
 
 
@@ -222,7 +231,7 @@ class Tap(End):
             self._prepare_headers()
         self._bring_up()
         native = lib.vu_end_tap(self._fds, len(self._fds), vnet, error)
-        self.native = ffi.gc(_made(native, error, str(self)), lib.vu_end_free)
+        self.native = ffi.gc(made(native, error, str(self)), lib.vu_end_free)
 
     def _prepare_headers(self) -> None:
         for fd in self._fds:

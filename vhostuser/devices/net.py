@@ -136,7 +136,7 @@ class Net(Device):
             # QEMU before 8.0 adds, and removes, every region once for each pair; tables it sends once.
             self.mem_slots = 0
         self._mtu = self._settings.mtu
-        self._up = True
+        self._up = end.linked
         # What engines before this one have counted, and this one. Together: the control thread reads while the data
         # thread stops the device, and must count nothing twice.
         self._counted: tuple[list[Counter[str]], NetEngine | None] = [Counter() for _ in range(self.queues)], None
@@ -159,6 +159,11 @@ class Net(Device):
             self._up = up
             log.info("%s: the link is %s", self._end, "up" if up else "down")
             self.config_changed()
+
+    async def attend(self) -> None:
+        """What the end needs on the control thread while front-ends are served, for as long as that is; the link goes
+        with it."""
+        await self._end.attend(self.set_link)
 
     # ---- what the front-end says
 

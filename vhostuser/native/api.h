@@ -550,6 +550,9 @@ int vu_blk_run(vu_blk *blk, vu_queue *queue, int kick, int stop);
 
 /* ---- where the frames of a network device go to and come from (end.c, end_*.c, hub.c) --------------------------- */
 
+#define VU_FRAME_LEAST 14    /* bytes: an Ethernet header */
+#define VU_FRAME_MOST 65557  /* an IP packet behind an Ethernet header with two VLAN tags */
+
 typedef struct vu_end vu_end;
 typedef struct vu_hub vu_hub;
 
@@ -558,6 +561,13 @@ vu_end *vu_end_measure(uint32_t pairs, const void *frame, uint32_t length, int *
 /* fds: of one tap, one for each pair, non-blocking; the caller keeps them open while the end exists. vnet: 1 if frames
  * have a virtio_net_hdr of 10 bytes (IFF_VNET_HDR, TUNSETVNETHDRSZ). */
 vu_end *vu_end_tap(const int *fds, uint32_t pairs, int vnet, int *error);
+/* Frames over a connection, each behind its length: 4 bytes, big endian. One pair. Without a connection it refuses. */
+vu_end *vu_end_stream(int *error);
+/* Another connection takes the place of the one before, if any: a stream socket, the end's from here, whatever comes.
+ * Never waits. 0 or VU_E_SYS. */
+int vu_stream_attach(vu_end *end, int fd);
+/* The length of the frame for which the connection was closed, or -1. */
+int64_t vu_stream_refused(const vu_end *end);
 void vu_end_free(vu_end *end);
 /* What the guest's driver accepts (VIRTIO_NET_F_GUEST_): as the kind of end needs to know. 0 or VU_E_SYS. */
 int vu_end_accept(vu_end *end, uint64_t features);

@@ -1,7 +1,7 @@
 /*
  * What all ends of a network device share: copying frames out of guest memory, and what a kind of end need not do.
  *
- * What does not belong here: where frames go (end_measure.c, end_tap.c, hub.c), which frames may pass (net.c).
+ * What does not belong here: where frames go (end_measure.c, end_tap.c, end_stream.c, hub.c), which frames may pass (net.c).
  */
 #include <string.h>
 
@@ -107,10 +107,16 @@ void vu_end_is_attended(vu_end *end, uint32_t pair, bool on)
     (void)end, (void)pair, (void)on;
 }
 
-int vu_end_has_no_send_fd(const vu_end *end, uint32_t pair)
+bool vu_end_sends_at_once(vu_end *end, uint32_t pair)
 {
     (void)end, (void)pair;
-    return -1;
+    return false;
+}
+
+struct pollfd vu_end_has_room(const vu_end *end, uint32_t pair)
+{
+    (void)end, (void)pair;
+    return (struct pollfd){.fd = -1};
 }
 
 int vu_end_accepts_all(vu_end *end, uint64_t features)

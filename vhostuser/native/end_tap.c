@@ -140,9 +140,9 @@ static uint32_t send(vu_end *end, uint32_t pair, const vu_map *map, struct vu_pa
     return count;
 }
 
-static int send_fd(const vu_end *end, uint32_t pair)
+static struct pollfd room(const vu_end *end, uint32_t pair)
 {
-    return pair_of(end, pair)->fd;
+    return (struct pollfd){.fd = pair_of(end, pair)->fd, .events = POLLOUT};
 }
 
 static bool inject(vu_end *end, const uint8_t *bytes, uint32_t length)
@@ -202,7 +202,8 @@ static const struct vu_end_kind kind = {
     .lost = vu_end_loses_none,
     .attend = vu_end_is_attended,
     .send = send,
-    .send_fd = send_fd,
+    .unsent = vu_end_sends_at_once,
+    .room = room,
     .inject = inject,
     .accept = accept_offloads,
     .flush = flush,

@@ -13,9 +13,9 @@
 
 enum {
     VU_NET_HEADER = sizeof(struct virtio_net_hdr), /* without num_buffers, which only stands between us and the guest */
-    VU_NET_ETHER = 14,
+    VU_NET_ETHER = VU_FRAME_LEAST,
     VU_NET_VERSION_1 = 32, /* the feature bit VIRTIO_F_VERSION_1 */
-    VU_NET_FRAME_MOST = 65535 + VU_NET_ETHER + 8, /* an IP packet, two VLAN tags */
+    VU_NET_FRAME_MOST = VU_FRAME_MOST,
     VU_NET_BATCH = 64,                            /* frames moved at once */
     VU_NET_HELD = 1024,                           /* chains that a ring's thread has at once; a power of two */
     VU_NET_COUNTERS = sizeof(struct vu_net_stats) / sizeof(uint64_t),
@@ -74,8 +74,10 @@ struct vu_end_kind {
     void (*attend)(vu_end *end, uint32_t pair, bool on);
     /* Sends frames, in their order: how many were taken, dropped ones among them; fewer where there is no room now. */
     uint32_t (*send)(vu_end *end, uint32_t pair, const vu_map *map, struct vu_packet *packets, uint32_t count);
-    /* Writable when there is room again; -1: send takes everything. */
-    int (*send_fd)(const vu_end *end, uint32_t pair);
+    /* Something of what was taken is still to be sent: call send again when there is room, be it for no frame. */
+    bool (*unsent)(vu_end *end, uint32_t pair);
+    /* What tells that there is room again; fd -1: send takes everything. */
+    struct pollfd (*room)(const vu_end *end, uint32_t pair);
     /* A frame of our own, without offloads: false if it was not taken. Never blocks. */
     bool (*inject)(vu_end *end, const uint8_t *bytes, uint32_t length);
     /* What the guest's driver accepts from here on. */
@@ -91,7 +93,8 @@ void vu_end_is_woken(vu_end *end, uint32_t pair);
 int vu_end_has_no_receive_fd(const vu_end *end, uint32_t pair);
 uint64_t vu_end_loses_none(vu_end *end, uint32_t pair);
 void vu_end_is_attended(vu_end *end, uint32_t pair, bool on);
-int vu_end_has_no_send_fd(const vu_end *end, uint32_t pair);
+bool vu_end_sends_at_once(vu_end *end, uint32_t pair);
+struct pollfd vu_end_has_room(const vu_end *end, uint32_t pair);
 int vu_end_accepts_all(vu_end *end, uint64_t features);
 void vu_end_flushes_none(vu_end *end);
 

@@ -14,7 +14,7 @@ struct transmit {
     vu_net *net;
     vu_end *end;
     uint32_t pair;
-    bool blocked; /* the end had no room */
+    bool blocked; /* the end has no room, for a frame or for what it has begun to send */
     struct vu_net_stats tally;
     struct vu_held held;
     /* Written before they are read. */
@@ -102,11 +102,11 @@ static int send(struct transmit *run, uint32_t count)
 {
     prefetch(run, count);
     uint32_t passed = judge(run, count);
-    uint32_t sent = passed ? run->end->kind->send(run->end, run->pair, vu_queue_map(run->engine.queue), run->packets, passed)
-                           : 0;
-    run->blocked = sent < passed;
+    const struct vu_end_kind *kind = run->end->kind;
+    uint32_t sent = kind->send(run->end, run->pair, vu_queue_map(run->engine.queue), run->packets, passed);
+    run->blocked = sent < passed || kind->unsent(run->end, run->pair);
     count_sent(run, sent);
-    uint32_t done = run->blocked ? run->packets[sent].chain : count;
+    uint32_t done = sent < passed ? run->packets[sent].chain : count;
     count_refused(run, done);
     int code = done ? give_back(run, done) : 0;
     return code < 0 ? code : (int)done;
@@ -123,7 +123,7 @@ static int work(void *of)
 {
     struct transmit *run = of;
     int filled = vu_held_fill(&run->held, &run->engine, room(run));
-    if (filled < 0 || !run->held.ready)
+    if (filled < 0 || (!run->held.ready && !run->blocked))
         return filled;
     int sent = send(run, (uint32_t)vu_least(run->held.ready, VU_NET_BATCH));
     return sent < 0 ? sent : sent + filled;
@@ -143,7 +143,7 @@ static int rest(void *of)
     struct vu_engine_wish wish = {
         .kick = !run->engine.stopping && room(run),
         .pages = true,
-        .other = {{.fd = run->blocked ? run->end->kind->send_fd(run->end, run->pair) : -1, .events = POLLOUT}, {.fd = -1}},
+        .other = {run->blocked ? run->end->kind->room(run->end, run->pair) : (struct pollfd){.fd = -1}, {.fd = -1}},
     };
     return vu_engine_sleep(&run->engine, &wish);
 }
