@@ -25,6 +25,7 @@ from vhostuser.protocol import RemoteProtocolError
 _MOST_FDS = 253
 _INT = array.array("i").itemsize
 _ANCILLARY = socket.CMSG_SPACE(_MOST_FDS * _INT)
+_CTRUNC = int(socket.MSG_CTRUNC)  # an enumeration's own "&" takes longer than the system call
 
 
 class Fds:
@@ -72,6 +73,8 @@ class Channel:
         sock.setblocking(False)
         self._sock = sock
         self._loop = asyncio.get_running_loop()
+        self._reader: asyncio.Future[None] | None = None  # who waits in ``receive``
+        self._watched = False
         self._lost = asyncio.Event()
         # While a request waits for a ring nobody reads the socket, and add_reader cannot ask for EPOLLRDHUP; an
         # epoll descriptor is itself readable when it has events, on asyncio and on uvloop.
@@ -97,8 +100,24 @@ class Channel:
         Raises RemoteProtocolError if descriptors were lost because our table of them is full.
         """
         while (got := self.at_hand(wanted)) is None:
-            await readable(self._sock)
+            await self._readable()
         return got
+
+    async def _readable(self) -> None:
+        """Waits until there is something to read. The socket stays watched, or every message would cost two system
+        calls for it; until something comes that nobody waits for, which would wake the loop again and again."""
+        if not self._watched:
+            self._loop.add_reader(self._sock, self._on_readable)
+            self._watched = True
+        self._reader = self._loop.create_future()
+        await self._reader
+
+    def _on_readable(self) -> None:
+        if self._reader is None or self._reader.done():
+            self._loop.remove_reader(self._sock)
+            self._watched = False
+        else:
+            self._reader.set_result(None)
 
     def at_hand(self, wanted: int) -> tuple[bytes, Fds] | None:
         """What ``receive`` would return without waiting; None if it would wait."""
@@ -192,7 +211,7 @@ def _owned(ancillary: list[tuple[int, int, bytes]], flags: int) -> Fds:
             numbers = array.array("i")
             numbers.frombytes(payload[: len(payload) - len(payload) % _INT])
             fds.extend(Fds(numbers))
-    if flags & socket.MSG_CTRUNC:
+    if flags & _CTRUNC:
         fds.close()
         raise RemoteProtocolError(None, "descriptors were lost on the way: raise the limit on open files (ulimit -n)")
     return fds

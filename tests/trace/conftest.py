@@ -55,7 +55,8 @@ async def traced(no_leaks: None) -> AsyncIterator[Callable[..., Traced]]:
     def make(faults: Sequence[Fault] = ()) -> Traced:
         (front, near), (far, back) = (socket.socketpair() for _ in range(2))
         made.append(Traced(front, back))
-        session = Session(1, made[-1].seen.append, Faults(faults))
+        seen = made[-1].seen
+        session = Session(1, lambda look: seen.append(look()), Faults(faults))
         made[-1].task = asyncio.ensure_future(session.run(near, far))
         return made[-1]
 
