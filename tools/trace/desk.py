@@ -10,7 +10,6 @@ the observer.
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import pickle
 import select
@@ -18,7 +17,6 @@ import signal
 import socket
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from vhostuser.tools.trace.events import Event, Seen
@@ -27,11 +25,12 @@ from vhostuser.tools.trace.observer import Observer
 _NICE = 10
 """Where processors are few, the two ends come first: an answer that is late changes what is looked at."""
 
-_LARGEST = 1 << 17
-"""Bytes of reports sent as one packet: that of the largest message that is kept (witness.LARGEST_BODY) has room."""
+_LENGTH = 8
+"""Bytes in front of each batch of reports that tell its length."""
 
 _TOGETHER = 0.002
-"""Seconds for which reports are gathered, so that the other process does not wake while an answer is on its way."""
+"""Seconds for which reports are gathered: neither is anything looked at nor does the other process wake while an answer
+is on its way."""
 
 
 class Desk:
@@ -41,31 +40,31 @@ class Desk:
     """
 
     def __init__(self, observer: Observer, writers: Sequence[Callable[[Event], None]], began: int) -> None:
-        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._process = os.fork()
         if self._process == 0:
             _work(self._sock, theirs, _Clerk(observer, writers, began))
         theirs.close()
         self._sock.setblocking(False)
-        self._batch = bytearray()
-        self._unsent: deque[bytes] = deque()
+        self._batch: list[Callable[[], Seen]] = []
+        self._unsent = bytearray()
 
-    def report(self, seen: Seen) -> None:
-        """To be written down; never waits. Belongs to the loop's thread."""
-        report = pickle.dumps(seen, pickle.HIGHEST_PROTOCOL)
-        if len(self._batch) + len(report) > _LARGEST:
-            self._dispatch()
+    def report(self, look: Callable[[], Seen]) -> None:
+        """What ``look`` returns is written down; it is called later. Never waits. Belongs to the loop's thread."""
         if not self._batch:
             asyncio.get_running_loop().call_later(_TOGETHER, self._dispatch)
-        self._batch += report
+        self._batch.append(look)
 
     def _dispatch(self) -> None:
-        if not self._batch:
-            return
-        self._unsent.append(bytes(self._batch))
-        self._batch.clear()
-        if len(self._unsent) == 1 and not self._send():
+        behind = bool(self._unsent)
+        self._pack()
+        if not behind and not self._send():
             asyncio.get_running_loop().add_writer(self._sock, self._catch_up)
+
+    def _pack(self) -> None:
+        batch = pickle.dumps([look() for look in self._batch], pickle.HIGHEST_PROTOCOL)
+        self._batch.clear()
+        self._unsent += len(batch).to_bytes(_LENGTH) + batch
 
     def _catch_up(self) -> None:
         if self._send():
@@ -75,8 +74,7 @@ class Desk:
         """Sends what there is; false if some of it has to wait."""
         try:
             while self._unsent:
-                self._sock.send(self._unsent[0])
-                self._unsent.popleft()
+                del self._unsent[: self._sock.send(self._unsent)]
         except BlockingIOError:
             return False
         except ConnectionError:  # the process was killed: the messages go on passing
@@ -86,8 +84,7 @@ class Desk:
     def close(self) -> None:
         """After the loop has ended."""
         self._sock.setblocking(True)
-        if self._batch:
-            self._unsent.append(bytes(self._batch))
+        self._pack()
         self._send()
         self._sock.close()
         os.waitpid(self._process, 0)
@@ -120,11 +117,11 @@ class _Clerk:
             if not select.select([sock], [], [], self._patience())[0]:
                 self._write(self._observer.overdue(self._now()))
                 continue
-            batch = io.BytesIO(sock.recv(_LARGEST))
-            if not batch.getbuffer():
+            length = sock.recv(_LENGTH, socket.MSG_WAITALL)
+            if not length:
                 return
-            while batch.tell() < len(batch.getbuffer()):
-                self._write(self._observer.see(pickle.load(batch)))
+            for seen in pickle.loads(sock.recv(int.from_bytes(length), socket.MSG_WAITALL)):
+                self._write(self._observer.see(seen))
 
     def _patience(self) -> float | None:
         due = self._observer.next_due()

@@ -89,5 +89,6 @@ class Notice:
 
 
 Seen = Sighting | Notice | Over | Inquiry
-Report = Callable[[Seen], None]
+Report = Callable[[Callable[[], Seen]], None]
+"""Takes the making of what was seen, and has to do it once: in the order of the reports, when there is time."""
 Event = Passed | Waits | Notice

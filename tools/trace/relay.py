@@ -5,9 +5,10 @@ given. What does not: what the bytes mean; the only message that this file knows
 
 Messages are cut as ``codec.Reader`` cuts them, and for the same reason; but nothing is objected to. A header waits
 until its twelve bytes are here, and goes on together with as much of the payload as has come with it. Everything is
-passed on before it is looked at, and looked at elsewhere (``observer``). A message whose size is nonsense makes
-everything after it its payload, which passes as well; where the sender has put descriptors into the middle of a
-message, they go with the bytes that they were received with.
+passed on before it is looked at, its descriptors too, and looked at when nothing passes: who was sent something often
+runs on this very processor, and not before we wait. A message whose size is nonsense makes everything after it its
+payload, which passes as well; where the sender has put descriptors into the middle of a message, they go with the
+bytes that they were received with.
 """
 
 from __future__ import annotations
@@ -18,29 +19,33 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from vhostuser.channel import Channel, Fds
 from vhostuser.protocol import HEADER_SIZE, FrontendRequest, Header, RemoteProtocolError
 from vhostuser.protocol.witness import LARGEST_BODY, Side, Wire
 from vhostuser.tools.trace.descriptors import describe, is_unix_stream
-from vhostuser.tools.trace.events import Descriptor, Notice, Over, Report, Sighting
+from vhostuser.tools.trace.events import Notice, Over, Report, Sighting
 from vhostuser.tools.trace.faults import NOTHING, Faults, Plan
 
 Piece = tuple[bytes, Fds]
+
+_MOST_HELD = 8
+"""Descriptors of one message that are kept until it is looked at; with more of them it is looked at at once, so that
+ours are not all in use for the next."""
 
 
 @dataclass(slots=True)
 class _Passing:
     """A message on its way. data: its bytes so far, up to LARGEST_BODY of payload. left: bytes still to come.
 
-    Owns the descriptors that came with it, until they are closed behind the sending, or with ``close``.
+    Owns the descriptors that came with it, until ``close``; `held` has them by the pieces that brought them.
     """
 
     began: int = 0
     data: bytearray = field(default_factory=bytearray)
     left: int = HEADER_SIZE
     header: Header | None = None
-    fds: list[Descriptor] = field(default_factory=list)
     late: int = 0
     plan: Plan = NOTHING
     gone: int = 0
@@ -78,7 +83,7 @@ class Killed(Exception):
 class Stream:
     """One direction of one socket.
 
-    passed: told of each message that is complete. replace: may put another descriptor in the place of one.
+    passed: takes each message that is complete. replace: may put another descriptor in the place of one.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class Stream:
         source: Channel,
         sink: Channel,
         plan: Callable[[Header], Plan],
-        replace: Callable[[Header, Fds], Fds],
+        replace: Callable[[Header, Fds], None],
         passed: Callable[[_Passing], None],
     ) -> None:
         self._source = source
@@ -106,13 +111,18 @@ class Stream:
 
     async def _messages(self) -> int:
         while True:
-            with contextlib.closing(_Passing()) as passing:
+            passing = _Passing()
+            try:
                 await self._message(passing)
-                if passing.ended:
-                    return len(passing.data)
-                self._passed(passing)
-                if passing.plan.kill:
-                    raise Killed
+            except BaseException:
+                passing.close()
+                raise
+            if passing.ended:
+                passing.close()
+                return len(passing.data)
+            self._passed(passing)
+            if passing.plan.kill:
+                raise Killed
 
     async def _message(self, passing: _Passing) -> None:
         """Passes one message on, or what there is of it at the end of the stream."""
@@ -139,7 +149,7 @@ class Stream:
         return pieces
 
     async def _pass_on(self, passing: _Passing, pieces: list[Piece]) -> None:
-        """Sends what has come, as one where no descriptors lie in between; then looks at the descriptors."""
+        """Sends what has come, as one where no descriptors lie in between."""
         if not passing.gone and passing.header is not None:
             passing.plan = self._plan(passing.header)
             await asyncio.sleep(passing.plan.delay) if passing.plan.delay else None
@@ -147,14 +157,11 @@ class Stream:
             await self._send(passing, data, fds)
 
     async def _send(self, passing: _Passing, data: bytes, fds: Fds) -> None:
-        with contextlib.closing(fds):
-            if passing.header is not None and not passing.gone:
-                data = passing.plan.corrupted(data)
-                fds = self._replace(passing.header, fds)
-            with contextlib.closing(fds):
-                await self._sink.send(data, () if passing.plan.drop else tuple(fds))
-                passing.gone = time.monotonic_ns()
-                passing.fds += map(describe, fds)
+        if passing.header is not None and not passing.gone:
+            data = passing.plan.corrupted(data)
+            self._replace(passing.header, fds)
+        await self._sink.send(data, () if passing.plan.drop else tuple(fds))
+        passing.gone = time.monotonic_ns()
 
 
 def _joined(pieces: list[Piece]) -> Iterator[Piece]:
@@ -169,7 +176,7 @@ def _joined(pieces: list[Piece]) -> Iterator[Piece]:
 class Session:
     """One front-end and the back-end that it wants. Owns both sockets, and those of the back-end's own channel.
 
-    report: is told of everything that has passed; must not take long. began: when the trace began, in nanoseconds.
+    report: see ``events``. began: when the trace began, in nanoseconds.
     """
 
     def __init__(self, number: int, report: Report, faults: Faults, *, began: int = 0) -> None:
@@ -187,11 +194,13 @@ class Session:
             for link in self._links:
                 link.cancel()
             await asyncio.gather(*self._links, return_exceptions=True)
-            self._report(Over(time.monotonic_ns() - self._began, self._number))
+            over = Over(time.monotonic_ns() - self._began, self._number)
+            self._report(lambda: over)
 
     def notice(self, text: str) -> None:
         """Something that is worth a line."""
-        self._report(Notice(time.monotonic_ns() - self._began, self._number, text))
+        notice = Notice(time.monotonic_ns() - self._began, self._number, text)
+        self._report(lambda: notice)
 
     async def _link(self, wire: Wire, frontend: socket.socket, backend: socket.socket) -> None:
         """Both directions of one socket, until one side has hung up."""
@@ -228,29 +237,37 @@ class Session:
             source,
             sink,
             lambda header: self._faults.plan(wire, header, request=asks),
-            self._replace if brings_channel else lambda header, fds: fds,
+            self._replace if brings_channel else lambda header, fds: None,
             lambda passing: self._passed(wire, sender, passing),
         )
 
-    def _replace(self, header: Header, fds: Fds) -> Fds:
+    def _replace(self, header: Header, fds: Fds) -> None:
         """Takes the socket of the back-end's channel and gives one of ours in its place."""
         if header.request != FrontendRequest.SET_BACKEND_REQ_FD or len(fds) != 1 or not is_unix_stream(fds[0]):
-            return fds
+            return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         link = self._link(Wire.BACKEND, socket.socket(fileno=fds.take()), ours)
         task = asyncio.ensure_future(link)
         self._links.add(task)
         task.add_done_callback(self._links.discard)
-        return Fds((theirs.detach(),))
+        fds.extend(Fds((theirs.detach(),)))
 
     def _passed(self, wire: Wire, sender: Side, passing: _Passing) -> None:
+        look = partial(self._look, wire, sender, passing)
+        if sum(map(len, passing.held)) <= _MOST_HELD:
+            self._report(look)
+        else:
+            sighting = look()
+            self._report(lambda: sighting)
+
+    def _look(self, wire: Wire, sender: Side, passing: _Passing) -> Sighting:
+        """What there is to see of a message that has gone; then nothing of it is left."""
         at, held = passing.began - self._began, passing.gone - passing.began
-        self._report(
-            Sighting(
-                at, self._number, wire, sender, bytes(passing.data), tuple(passing.fds), passing.late, held,
-                passing.plan.words,
-            )
-        )  # fmt: skip
+        fds = tuple(describe(fd) for piece in passing.held for fd in piece)
+        passing.close()
+        return Sighting(
+            at, self._number, wire, sender, bytes(passing.data), fds, passing.late, held, passing.plan.words
+        )
 
 
 def _channel(closing: contextlib.ExitStack, sock: socket.socket) -> Channel:

@@ -20,7 +20,7 @@ from vhostuser.tools.trace.relay import Session
 
 
 class Tracer:
-    """backend: path of its socket. report: is told of what passes. began: when, in nanoseconds, the trace did."""
+    """backend: path of its socket. report: see ``events``. began: when, in nanoseconds, the trace did."""
 
     def __init__(self, backend: str, report: Report, faults: Sequence[Fault] = (), began: int = 0) -> None:
         self._backend = backend
@@ -48,7 +48,8 @@ class Tracer:
 
     def status(self) -> None:
         """Has it written down where every connection stands."""
-        self._report(Inquiry(time.monotonic_ns() - self._began))
+        inquiry = Inquiry(time.monotonic_ns() - self._began)
+        self._report(lambda: inquiry)
 
     def _accept(self, frontend: socket.socket) -> asyncio.Task[None]:
         self._count += 1

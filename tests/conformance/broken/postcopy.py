@@ -11,7 +11,17 @@ from tests.conformance.broken.registry import F, answering, fault, handling, scr
 from vhostuser.connection import Connection
 from vhostuser.memory import Region
 from vhostuser.postcopy import Postcopy
-from vhostuser.protocol import FRONTEND, BackendSession, Effect, Header, Outgoing, ProtocolFeature, RequestRefused
+from vhostuser.protocol import (
+    FRONTEND,
+    BackendSession,
+    Effect,
+    Header,
+    Outgoing,
+    ProtocolFeature,
+    Reply,
+    RequestRefused,
+    VirtioFeature,
+)
 from vhostuser.protocol import Postcopy as Handshake
 from vhostuser.protocol.postcopy import HANDSHAKE, Step
 
@@ -20,6 +30,45 @@ from vhostuser.protocol.postcopy import HANDSHAKE, Step
 def listens_with_regions() -> None:
     async def change(connection: Connection, request: Any, right: Any) -> Any:
         connection._regions.listen()
+
+    handling(F.POSTCOPY_LISTEN, change)
+
+
+# ---- before SET_FEATURES, which comes with the rings
+
+
+def _featureless(connection: Connection) -> bool:
+    return not connection._session.has(VirtioFeature.VERSION_1)
+
+
+@fault("postcopy.advise")
+def opens_its_userfaultfd_with_the_features() -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> Any:
+        answer = await right(connection, request)
+        return Reply(answer.payload) if _featureless(connection) else answer
+
+    handling(F.POSTCOPY_ADVISE, change)
+
+
+@fault("postcopy.advise-userfaultfd")
+def gives_what_it_has_for_a_userfaultfd() -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> Any:
+        answer = await right(connection, request)
+        if _featureless(connection):
+            other = os.eventfd(0)
+            os.dup2(other, answer.fds[0])
+            os.close(other)
+        return answer
+
+    handling(F.POSTCOPY_ADVISE, change)
+
+
+@fault("postcopy.listen")
+def listens_to_nobody_without_features() -> None:
+    async def change(connection: Connection, request: Any, right: Any) -> None:
+        if _featureless(connection):
+            raise RequestRefused("there are no features yet")
+        await right(connection, request)
 
     handling(F.POSTCOPY_LISTEN, change)
 

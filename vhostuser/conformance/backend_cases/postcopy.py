@@ -142,8 +142,12 @@ def _has_data(fd: int, offset: int) -> bool:
         raise
 
 
-async def _advised(peer: Peer, *features: ProtocolFeature) -> PostcopyClient:
+async def _advised(peer: Peer) -> PostcopyClient:
     await peer.negotiate()
+    return await _advise(peer)
+
+
+async def _advise(peer: Peer) -> PostcopyClient:
     client = await PostcopyClient.advise(peer.frontend)
     peer.own(client.close)
     return client
@@ -162,20 +166,28 @@ async def _migrate(
     return migration
 
 
+async def _before_features(peer: Peer) -> None:
+    """What a back-end was told when QEMU's destination advises it and listens: SET_FEATURES comes with the rings."""
+    await peer.frontend.get_features()
+    offered = await peer.frontend.get_protocol_features()
+    await peer.frontend.set_protocol_features(offered & (PAGEFAULT.mask | P.REPLY_ACK.mask))
+    await peer.frontend.set_owner()
+
+
 # ---- ADVISE
 
 
 @CASES.must("advise", "POSTCOPY_ADVISE is answered with no payload and one descriptor.", PAGEFAULT, section=ADVISE)
 async def _(peer: Peer) -> None:
-    await peer.negotiate()
+    await _before_features(peer)
     reaction = await peer.react(F.POSTCOPY_ADVISE, flags=VERSION)
     equal("bytes and descriptors of the reply", (len(reaction.body), reaction.fds), (0, 1))
 
 
 @CASES.must("advise-userfaultfd", "The descriptor is a userfaultfd.", PAGEFAULT, section=ADVISE)
 async def _(peer: Peer) -> None:
-    client = await _advised(peer)
-    equal("the descriptor", _kind_of(client.uffd), "anon_inode:[userfaultfd]")
+    await _before_features(peer)
+    equal("the descriptor", _kind_of((await _advise(peer)).uffd), "anon_inode:[userfaultfd]")
 
 
 def _kind_of(fd: int) -> str:
@@ -220,7 +232,8 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("listen", "POSTCOPY_LISTEN is acknowledged.", PAGEFAULT, P.REPLY_ACK, section=LISTEN)
 async def _(peer: Peer) -> None:
-    await _advised(peer)
+    await _before_features(peer)
+    await _advise(peer)
     await peer.accepts(F.POSTCOPY_LISTEN, flags=VERSION | NEED_REPLY)
 
 
@@ -458,13 +471,7 @@ async def _(peer: Peer) -> None:
     client = await _advised(peer)
     await client.listen()
     await client.end()
-    await (await _advised_again(peer)).listen()
-
-
-async def _advised_again(peer: Peer) -> PostcopyClient:
-    client = await PostcopyClient.advise(peer.frontend)
-    peer.own(client.close)
-    return client
+    await (await _advise(peer)).listen()
 
 
 # ---- loss
