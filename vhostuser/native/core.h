@@ -91,6 +91,13 @@ uint8_t *vu_map_guest(const vu_map *map, uint64_t guest, uint64_t length);
 uint8_t *vu_map_user(const vu_map *map, uint64_t user, uint64_t length);
 /* The host address of `guest` and in *run how many of `length` bytes follow it in the same region; NULL if unmapped. */
 uint8_t *vu_map_run(const vu_map *map, uint64_t guest, uint64_t length, uint64_t *run);
+/* Guest addresses that follow each other in one region. */
+struct vu_window {
+    uint64_t guest, length;
+    uint8_t *host;
+};
+/* All of the region that holds the address: false if none does. */
+bool vu_map_window(const vu_map *map, uint64_t guest, struct vu_window *window);
 /* The page size in bytes of the region that holds this host address, or 0. */
 uint64_t vu_map_page_size(const vu_map *map, const void *host);
 

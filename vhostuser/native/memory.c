@@ -372,6 +372,14 @@ uint8_t *vu_map_run(const vu_map *map, uint64_t guest, uint64_t length, uint64_t
     return run_of(find(map->by_guest, map->count, guest), guest, length, run);
 }
 
+bool vu_map_window(const vu_map *map, uint64_t guest, struct vu_window *window)
+{
+    const struct range *range = find(map->by_guest, map->count, guest);
+    if (range)
+        *window = (struct vu_window){range->start, range->length, range->host};
+    return range;
+}
+
 uint8_t *vu_map_guest(const vu_map *map, uint64_t guest, uint64_t length)
 {
     uint64_t run = 0;

@@ -23,7 +23,7 @@
 
 /* ---- what the guest transmits ------------------------------------------------------------------------------------- */
 
-static void load(const vu_segment *segment, uint64_t offset, uint8_t *to, uint64_t length)
+static void load_pieces(const vu_segment *segment, uint64_t offset, uint8_t *to, uint64_t length)
 {
     for (; offset >= segment->length; segment++)
         offset -= segment->length;
@@ -35,6 +35,17 @@ static void load(const vu_segment *segment, uint64_t offset, uint8_t *to, uint64
         offset = 0;
         segment++;
     }
+}
+
+/* Of a length that the compiler knows, which needs no call where it is in one piece. What is judged is what was loaded:
+ * the fence keeps the compiler from loading it a second time. */
+static inline void load(const vu_segment *segment, uint64_t offset, uint8_t *to, uint64_t length)
+{
+    if (segment->length >= offset + length)
+        memcpy(to, segment->host + offset, length);
+    else
+        load_pieces(segment, offset, to, length);
+    atomic_signal_fence(memory_order_seq_cst);
 }
 
 /* Where the frame begins, behind the header. */

@@ -149,22 +149,34 @@ static void mark_written(struct receive *run, const struct placement *placement)
         vu_held_at(&run->held, i)->written = run->lengths[i];
 }
 
+static void fill_pieces(struct receive *run, uint32_t chain, const uint8_t *header, const struct vu_frame *frame)
+{
+    struct cursor cursor = {.run = run};
+    enter_chain(&cursor, chain);
+    store(&cursor, header, run->net->header);
+    store(&cursor, frame->bytes, frame->length);
+}
+
 static void fill(struct receive *run, uint32_t n)
 {
     const struct placement *placement = &run->placements[n];
     const struct vu_frame *frame = &run->frames[n];
     uint8_t header[VU_NET_HEADER + 2];
     uint16_t buffers = htole16((uint16_t)placement->count);
-    struct cursor cursor = {.run = run};
 
     if (!placement->count)
         return;
     memcpy(header, &frame->header, VU_NET_HEADER);
     memcpy(header + VU_NET_HEADER, &buffers, sizeof buffers);
     mark_written(run, placement);
-    enter_chain(&cursor, placement->first);
-    store(&cursor, header, run->net->header);
-    store(&cursor, frame->bytes, frame->length);
+    const vu_chain *chain = vu_held_at(&run->held, placement->first);
+    const vu_segment *segment = chain->segments + chain->readable_count;
+    if (run->net->header == sizeof header && segment->length >= sizeof header + frame->length) {
+        memcpy(segment->host, header, sizeof header);
+        memcpy(segment->host + sizeof header, frame->bytes, frame->length);
+    } else {
+        fill_pieces(run, placement->first, header, frame);
+    }
 }
 
 static void fill_guarded(struct receive *run, uint32_t frames, volatile uint32_t *at)

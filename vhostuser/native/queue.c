@@ -161,13 +161,19 @@ static void count_popped(vu_queue *queue, vu_chain *const *chains, uint32_t coun
 
 static void count_returned(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
 {
-    uint64_t now = vu_clock_ns(), readable = 0, written = 0, served = 0;
+    uint64_t now = vu_clock_ns(), readable = 0, written = 0, served = 0, ns = 0, popped = now;
+    unsigned bucket = vu_bucket(ns);
     for (uint32_t i = 0; i < count; i++) {
-        uint64_t ns = now - atomic_load_explicit(&((struct vu_slot *)chains[i])->since, memory_order_relaxed);
+        uint64_t since = atomic_load_explicit(&((struct vu_slot *)chains[i])->since, memory_order_relaxed);
+        if (since != popped) { /* those of one batch were popped together */
+            popped = since;
+            ns = now - since;
+            bucket = vu_bucket(ns);
+        }
         readable += chains[i]->readable;
         written += vu_chain_told(chains[i], lengths, i);
         served += ns;
-        vu_add(VU_QUEUE_COUNTER(queue, histogram) + vu_bucket(ns), 1);
+        vu_add(VU_QUEUE_COUNTER(queue, histogram) + bucket, 1);
     }
     vu_add(&queue->out, -(uint64_t)count);
     vu_add(VU_QUEUE_COUNTER(queue, returned), count);

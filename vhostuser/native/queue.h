@@ -265,6 +265,7 @@ struct vu_queue {
         } packed;
     };
     struct vu_slot *slots; /* [size] */
+    struct vu_window near; /* of the map: where the last buffer was found */
     uint64_t large;        /* segments in arrays outside of slots */
     struct vu_inflight_queue inflight;
     /* Chains that a previous process had taken; they are popped first. */
