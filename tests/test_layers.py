@@ -16,6 +16,7 @@ FRONT = {"frontend.memory", "frontend.ring", "frontend.requests"}
 PAGES = {f"faultserver.{name}" for name in ("placement", "sources", "stats", "supply")}
 ALLOWED = {
     "metrics": set(),
+    "pcapng": set(),
     "measures": {"metrics", "uffd", "virtqueue"},
     "watch": {"measures", "metrics"},
     "offer": {"protocol"},
@@ -115,7 +116,7 @@ def test_every_module_has_a_layer() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "vhostuser/devices").glob("*.py")), ids=lambda path: path.name)
 def test_devices_know_only_the_device_contract(path: Path) -> None:
-    assert ours(path) <= {"device", "devices", "metrics", "protocol", "virtqueue", "_native"}
+    assert ours(path) <= {"device", "devices", "metrics", "pcapng", "protocol", "virtqueue", "_native"}
     assert not {name for name in imports(path) if name.startswith(("vhostuser.protocol.session", "vhostuser.channel"))}
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
+from vhostuser.devices.capture import SNAP_LEAST, SNAP_MOST, Capture
 from vhostuser.devices.ends import End, EndError, Sink, Source, Tap, loopback
 from vhostuser.devices.net import MTU_LEAST, MTU_MOST, POLL_US, Net, NetSettings, local_mac
 from vhostuser.devices.sockets import Stream
@@ -53,6 +54,14 @@ def _parser(program: str) -> Parser:
     parser.add_argument(
         "--poll-us", metavar="N", type=number(0, 10000), default=POLL_US, help="poll an idle ring so long"
     )
+    parser.add_argument("--pcap", metavar="FILE", help="record the frames that pass, both ways, as pcapng")
+    parser.add_argument(
+        "--pcap-snaplen",
+        metavar="BYTES",
+        type=number(SNAP_LEAST, SNAP_MOST),
+        default=SNAP_MOST,
+        help="of each frame at most; default: all",
+    )
     parser.add_argument("--print-capabilities", action="store_true", help="print the capabilities as JSON and exit")
     return parser
 
@@ -66,7 +75,10 @@ def _interface(options: argparse.Namespace) -> Net:
         poll_us=options.poll_us,
     )
     try:
-        return Net(options.end(options), settings)
+        end = options.end(options)
+        if options.pcap is not None:
+            end = Capture(options.pcap, [options.socket_path or "port"], snap=options.pcap_snaplen).end(end, 0)
+        return Net(end, settings)
     except (EndError, EndpointError) as error:
         raise Failure(str(error)) from None
 

@@ -332,6 +332,8 @@ class _Service:
         for helper in helpers:
             helper.cancel()
         self._manager.tell("STOPPING=1", wait=True)
+        if helpers:
+            await asyncio.wait(helpers, timeout=_PATIENCE)
         if attending.done():
             attending.result()
             return

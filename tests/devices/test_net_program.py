@@ -38,6 +38,8 @@ def run(*arguments: str | bytes) -> subprocess.CompletedProcess[str]:
         (["--end=tap:fd=900,901", "--queue-pairs=3"], 1, "3 queue pairs, but 2 descriptors"),
         (["--end=sink", "--queue-pairs=129"], 2, "1 to 128"),
         (["--end=sink", "--mac=01:00:00:00:00:00"], 2, "one station"),
+        (["--end=sink", "--pcap=/nowhere/x"], 1, "capture /nowhere/x: No such file or directory"),
+        (["--end=sink", "--pcap=/nowhere/x", "--pcap-snaplen=13"], 2, "14 to 65557"),
         (["--end=sink", "--mtu=67"], 2, "68 to 65535"),
         (["--end=sink"], 1, "/nowhere/socket: No such file or directory"),
     ],

@@ -1,7 +1,7 @@
 """Messages as packets of a pcapng file: what Wireshark and its relatives read. Pure: an event in, bytes out.
 
-What belongs here: the blocks of the file, and what stands in front of a message in its packet (docs/trace.md has both).
-What does not: where the bytes go (``command``), what Wireshark makes of them (``dissector``).
+What belongs here: what stands in front of a message in its packet (docs/trace.md has it). What does not: the blocks of
+the file (``vhostuser.pcapng``), where the bytes go (``command``), what Wireshark makes of them (``dissector``).
 
 The link type is the first that is free for private use. Only messages are packets; who waits for whom is to be
 seen in their times.
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from enum import IntEnum, IntFlag
 from typing import Final
 
+from vhostuser import pcapng
 from vhostuser.protocol.witness import Message, Side, Wire
 from vhostuser.tools.trace.events import Descriptor, Event, Passed
 
@@ -57,13 +58,9 @@ class Packets:
 
     def start(self) -> bytes:
         """The blocks in front of all packets: the file's, and one "interface" for each of a connection's sockets."""
-        section = struct.pack("=IHHq", 0x1A2B3C4D, 1, 0, -1) + _options((4, b"vhostuser trace"))
-        names = {Wire.MAIN: b"the front-end's socket", Wire.BACKEND: b"the back-end's own channel"}
-        wires = [
-            struct.pack("=HHI", LINK_USER0, 0, 0) + _options((2, names[wire]), (9, b"\x09"))  # 9: in nanoseconds
-            for wire in _WIRES
-        ]
-        return _block(0x0A0D0D0A, section) + b"".join(_block(1, wire) for wire in wires)
+        names = {Wire.MAIN: "the front-end's socket", Wire.BACKEND: "the back-end's own channel"}
+        wires = [pcapng.interface(LINK_USER0, names[wire]) for wire in _WIRES]
+        return pcapng.section("vhostuser trace") + b"".join(wires)
 
     def of(self, event: Event) -> bytes:
         """The event as a packet; nothing if it is no message."""
@@ -76,12 +73,13 @@ class Packets:
             self._requests[message] = self._count
         data = head(event, answers) + event.seen.data
         cut = 12 + message.header.size - len(event.seen.data)
-        at = self._began + event.seen.at
-        lengths = struct.pack(
-            "=IIIII", _WIRES.index(message.wire), at >> 32, at & 0xFFFFFFFF, len(data), min(len(data) + cut, _UNKNOWN)
+        return pcapng.packet(
+            _WIRES.index(message.wire),
+            self._began + event.seen.at,
+            data,
+            length=min(len(data) + cut, _UNKNOWN),
+            direction=pcapng.INBOUND if message.sender is Side.FRONTEND else pcapng.OUTBOUND,
         )
-        direction = 1 if message.sender is Side.FRONTEND else 2
-        return _block(6, lengths + _padded(data) + _options((2, struct.pack("=I", direction))))
 
 
 def head(event: Passed, answers: int = 0) -> bytes:
@@ -128,19 +126,6 @@ def _descriptor(what: Descriptor) -> bytes:
 
 def _texts(*texts: str) -> bytes:
     return b"\0".join(text.encode(errors="replace").replace(b"\0", b"") for text in texts)
-
-
-def _block(kind: int, body: bytes) -> bytes:
-    size = 12 + len(body)
-    return struct.pack("=II", kind, size) + body + struct.pack("=I", size)
-
-
-def _options(*options: tuple[int, bytes]) -> bytes:
-    return b"".join(struct.pack("=HH", code, len(data)) + _padded(data) for code, data in options) + bytes(4)
-
-
-def _padded(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 4)
 
 
 def writer(write: Callable[[bytes], object], began: int) -> Callable[[Event], None]:

@@ -16,11 +16,12 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from vhostuser._native import ffi, lib
+from vhostuser.metrics import Sample
 
 
 class NetFeature(enum.IntEnum):
@@ -78,6 +79,10 @@ class End:
     linked: bool = True
     """Whether there is somebody at the other side, as far as the end can know."""
     native: Any
+
+    def measure(self) -> Iterable[Sample]:
+        """What the end counts beside what the device does for its queues. Control thread; must not block."""
+        return ()
 
     async def attend(self, linked: Callable[[bool], None]) -> None:
         """What has to be done on the control thread as long as the end is used; returns if that is nothing.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from vhostuser._native import ffi, lib
 from vhostuser.device import Device, DeviceFailed, Engine
+from vhostuser.devices.capture import LOST
 from vhostuser.devices.ends import End, EndError, NetFeature
 from vhostuser.metrics import Kind, Metric, Sample
 from vhostuser.protocol import ProtocolFeature, RequestRefused, VirtioFeature
@@ -121,7 +122,7 @@ class Net(Device):
     """A network interface whose frames go to ``end``, which has as many pairs of queues."""
 
     virtio_id = 1
-    metrics = (FRAMES, BYTES, DROPPED, USELESS)
+    metrics = (FRAMES, BYTES, DROPPED, USELESS, LOST)
 
     def __init__(self, end: End, settings: NetSettings | None = None) -> None:
         self._end = end
@@ -214,6 +215,7 @@ class Net(Device):
             yield USELESS.sample(counted["useless"], queue=queue)
             for reason in REASONS:
                 yield DROPPED.sample(counted[f"dropped_{reason}"], queue=queue, reason=reason)
+        yield from self._end.measure()
 
     def state(self) -> dict[str, object]:
         return {

@@ -574,6 +574,21 @@ int vu_end_accept(vu_end *end, uint64_t features);
 void vu_end_flush(vu_end *end);                                       /* forgets frames that nobody has received yet */
 int vu_end_inject(vu_end *end, const void *frame, uint32_t length); /* one of our own: 1 if it was taken */
 
+/* Records what passes ends, as packet blocks of a pcapng file (capture.c). */
+typedef struct vu_capture vu_capture;
+#define VU_CAPTURE_SLOW 1
+
+/* snap: bytes of each frame that are kept at most. */
+vu_capture *vu_capture_new(uint32_t interfaces, uint32_t snap, int *error);
+void vu_capture_free(vu_capture *capture); /* after its ends */
+/* An end that is `inner`, which the caller keeps, and records under that interface's number. */
+vu_end *vu_capture_end(vu_capture *capture, vu_end *inner, uint32_t interface, int *error);
+/* Writes blocks to fd until `stop` (an eventfd, left unread) is readable, and then what is there: 0. Returns earlier twice
+ * in its life, to be called again: with VU_CAPTURE_SLOW when there was no room for a block, with VU_E_SYS when the file
+ * takes no more. One thread. */
+int vu_capture_write(vu_capture *capture, int fd, int stop);
+uint64_t vu_capture_lost(const vu_capture *capture, uint32_t interface); /* frames that are not in the file */
+
 #define VU_HUB_LEARN 1   /* a bridge that learns who is where; else every frame goes to every other port */
 #define VU_HUB_REFLECT 2 /* frames go back to where they came from, and nowhere else */
 /* Ports between which frames go, through memory of ours. */
