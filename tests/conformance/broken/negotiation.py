@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.conformance.broken.everything import offer_everything
 from tests.conformance.broken.registry import F, fault, handling, number
+from vhostuser import connection
 from vhostuser.connection import HANDLERS, Connection
 from vhostuser.protocol import (
     FRONTEND,
@@ -36,7 +37,9 @@ def forgets_what_protocol_it_offered() -> None:
 
 @fault("features.protocol-known")
 def offers_what_does_not_exist() -> None:
-    number(F.GET_PROTOCOL_FEATURES, lambda _, value: value | 1 << 40)
+    """And lets it be taken."""
+    right = connection.protocol_features
+    connection.protocol_features = lambda **what: right(**what) | 1 << 40
 
 
 @fault("features.version-1")

@@ -119,8 +119,16 @@ def reads_any_number_of_bytes() -> None:
 
 
 @fault("blk.flush")
-def knows_no_flush() -> None:
-    override(Disk, flush=lambda disk: BlkStatus.UNSUPP)
+def flushes_only_what_was_not_written() -> None:
+    right = Disk.act
+    written: list[Disk] = []
+
+    def act(disk: Disk, chain: Chain, kind: int, sector: int) -> Outcome:
+        if kind == BlkType.OUT:
+            written.append(disk)
+        return (IOERR, 0) if kind == BlkType.FLUSH and disk in written else right(disk, chain, kind, sector)
+
+    override(Disk, act=act)
 
 
 @fault("blk.unknown")

@@ -248,9 +248,11 @@ async def _(peer: Peer) -> None:
     check(not wrong, "the bytes that were written", f"others at sectors {wrong}")
 
 
-@BLK.must("flush", "A flush is done.", DISK)
+@BLK.must("flush", "A flush is done, also behind a write.", WRITABLE)
 async def _(peer: Peer) -> None:
     lane = await peer.lane()
+    await lane.works(BlkRequest.flush())
+    await lane.works(BlkRequest.write(0, bytes(SECTOR)))
     await lane.works(BlkRequest.flush())
 
 
