@@ -86,6 +86,10 @@ PEERS: Final = (
         remark="Built on libvhost-user. QEMU has given it up for the one in Rust. Its requests are not tried.",
     ),
     Peer(
+        "qemu-gpu", "QEMU's vhost-user-gpu", "qemu-system-gui", "/usr/lib/qemu/vhost-user-gpu --socket-path={socket}",
+        "generic", remark="Built on libvhost-user. It starts without a GPU; its requests are not tried.",
+    ),
+    Peer(
         "virtiofsd", "virtiofsd (Rust)", "virtiofsd",
         "/usr/libexec/virtiofsd --socket-path={socket} --shared-dir={directory} --sandbox=none", "generic",
         release="trixie", remark="Built on rust-vmm's `vhost` and `vhost-user-backend`. Its requests are not tried.",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 from vhostuser.conformance.bench import Need
 from vhostuser.conformance.peer import Kind, Peer
 from vhostuser.conformance.suite import Skipped, Theme, check, equal
-from vhostuser.protocol import Config, ConfigFlags, FrontendRequest, ProtocolFeature
+from vhostuser.protocol import Config, ConfigFlags, FrontendRequest, ProtocolFeature, RequestRefused
 
 F, P = FrontendRequest, ProtocolFeature
 CASES: Theme[Peer] = Theme("config", F.GET_CONFIG.clause)
@@ -17,8 +18,12 @@ WRITEBACK, CONFIG_WCE, FLUSH = 32, 11, 9
 
 
 async def _space(peer: Peer, size: int = 60) -> bytes:
+    """So much of its beginning, or a half or a quarter: a graphics device's has fewer bytes than a disk's."""
     await peer.negotiate()
-    return await peer.frontend.get_config(0, size)
+    for shorter in (size, size // 2):
+        with contextlib.suppress(RequestRefused):
+            return await peer.frontend.get_config(0, shorter)
+    return await peer.frontend.get_config(0, size // 4)
 
 
 @CASES.must("size", "The reply has the size of the request, and says the same offset and size.", CONFIG)
@@ -35,7 +40,7 @@ async def _(peer: Peer) -> None:
 @CASES.must("repeated", "The same question has the same answer.", CONFIG)
 async def _(peer: Peer) -> None:
     before = await _space(peer)
-    equal("the space", await peer.frontend.get_config(0, 60), before)
+    equal("the space", await peer.frontend.get_config(0, len(before)), before)
 
 
 @CASES.must("early", "GET_CONFIG works before SET_FEATURES.", CONFIG)
@@ -52,7 +57,9 @@ async def _(peer: Peer) -> None:
 )
 async def _(peer: Peer) -> None:
     space = await _space(peer, 32)
-    for offset, size in ((0, 8), (8, 4), (20, 4), (4, 28)):
+    for offset, size in ((0, 8), (4, 4), (8, 4), (20, 4), (4, 28)):
+        if offset + size > len(space):
+            continue
         equal(
             f"{size} bytes from {offset}", await peer.frontend.get_config(offset, size), space[offset : offset + size]
         )
@@ -61,7 +68,7 @@ async def _(peer: Peer) -> None:
 @CASES.must("byte", "Each byte can be read alone.", CONFIG)
 async def _(peer: Peer) -> None:
     space = await _space(peer, 24)
-    read = b"".join([await peer.frontend.get_config(offset, 1) for offset in range(24)])
+    read = b"".join([await peer.frontend.get_config(offset, 1) for offset in range(len(space))])
     equal("the space, byte by byte", read, space)
 
 
