@@ -1,4 +1,5 @@
-"""``tools/results``: tries every program of the table that can be had, and writes docs/conformance-results.md.
+"""``tools/results``: tries every program of the table that can be had, and writes docs/conformance-results.md; or shows
+what comes of some cases on one of them.
 
 What belongs here: options, the order of things, the files of results. What does not: trying (``run``), the page's text
 (``page``).
@@ -18,7 +19,7 @@ from vhostuser.tools.lab.errors import LabError
 from vhostuser.tools.lab.image import cache_directory
 from vhostuser.tools.peers import page
 from vhostuser.tools.peers.debian import Release
-from vhostuser.tools.peers.run import ROOT, NotHere, Outcome, attempt
+from vhostuser.tools.peers.run import ROOT, NotHere, Outcome, attempt, show
 from vhostuser.tools.peers.table import PEERS, Peer
 
 _PAGE = ROOT / "docs/conformance-results.md"
@@ -26,8 +27,10 @@ _PAGE = ROOT / "docs/conformance-results.md"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: the page is written and explains every failure; 1: something fails that no waiver explains, or cannot be
-    tried; 2: wrong options."""
+    tried; 2: wrong options. With cases: what ``vhostuser conform`` ends with."""
     options = _parse(arguments)
+    if options.cases:
+        return _show(options.only[0], options.cases)
     results = cache_directory() / "results"
     results.mkdir(parents=True, exist_ok=True)
     try:
@@ -51,7 +54,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=_PAGE, metavar="FILE", help="default docs/conformance-results.md"
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="with one --only: try these alone, and print what they do; no page"
+    )
+    options = parser.parse_args(arguments)
+    if options.cases and (len(options.only) != 1 or options.only == ["none"]):
+        parser.error("cases are tried on one program: --only=NAME CASE...")
+    return options
+
+
+def _show(name: str, cases: Sequence[str]) -> int:
+    (peer,) = (peer for peer in PEERS if peer.name == name)
+    try:
+        return show(peer, _releases([peer]), cases)
+    except (LabError, NotHere) as error:
+        print(f"tools/results: {error}", file=sys.stderr)
+        return 1
 
 
 def _try(names: Sequence[str], results: Path) -> list[str]:

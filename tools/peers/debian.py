@@ -44,11 +44,11 @@ class Release:
         self._name = name
         self._home = home / name
         self._root = self._home / "root"
+        self._stamp = self._home / "unpacked"
 
     def unpack(self, packages: list[str]) -> None:
         """Fetches and unpacks what is not there yet. Raises LabError."""
-        stamp = self._home / "unpacked"
-        if stamp.exists() and stamp.read_text().split() == packages:
+        if self._unpacked() == packages:
             return
         self._configure()
         self._apt("update")
@@ -56,7 +56,14 @@ class Release:
         self._root.mkdir(exist_ok=True)
         for archive in sorted((self._home / "apt/var/cache/apt/archives").glob("*.deb")):
             _run("dpkg", "-x", str(archive), str(self._root))
-        stamp.write_text(" ".join(packages))
+        self._stamp.write_text(" ".join(packages))
+
+    def has(self, package: str) -> bool:
+        """Is it unpacked?"""
+        return package in self._unpacked()
+
+    def _unpacked(self) -> list[str]:
+        return self._stamp.read_text().split() if self._stamp.exists() else []
 
     def _configure(self) -> None:
         apt = self._home / "apt"

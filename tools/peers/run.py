@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,19 @@ def attempt(peer: Peer, releases: dict[str, Release], scratch: Path) -> Outcome:
     return Outcome(peer.name, version, day, time.monotonic() - began, cases, unsteady, first["idle_waivers"])
 
 
+def show(peer: Peer, releases: dict[str, Release], cases: Sequence[str]) -> int:
+    """Tries these cases, and leaves it to ``vhostuser conform`` to print: its exit status. No failure is waived. Raises
+    NotHere."""
+    _, command = _program(peer, releases)
+    return subprocess.run([*_words(peer, cases), "--start", command], cwd=ROOT, env=_environment()).returncode
+
+
+def _words(peer: Peer, ids: Sequence[str]) -> list[str]:
+    """The command, up to the program that is tried and what becomes of the results."""
+    words = [sys.executable, "-m", "vhostuser.tools.main", "conform", peer.side, *ids]
+    return [*words, "--strict", f"--device={peer.device}", f"--jobs={peer.jobs}", *peer.options]
+
+
 def _program(peer: Peer, releases: dict[str, Release]) -> tuple[str, str]:
     """Its version, and the command that starts it."""
     if not peer.package:
@@ -74,12 +88,11 @@ def _program(peer: Peer, releases: dict[str, Release]) -> tuple[str, str]:
 def _conform(peer: Peer, command: str, scratch: Path, *ids: str, keep: bool = False) -> dict[str, Any]:
     result = scratch / "result.json"
     result.unlink(missing_ok=True)
-    options = ["--strict", "--quiet", f"--device={peer.device}", f"--jobs={peer.jobs}", *peer.options]
+    words = [*_words(peer, ids), "--quiet"]
     if waivers(peer).exists():
-        options.append(f"--waive={waivers(peer)}")
+        words.append(f"--waive={waivers(peer)}")
     if keep:
-        options.append("--keep")
-    words = [sys.executable, "-m", "vhostuser.tools.main", "conform", peer.side, *ids, *options]
+        words.append("--keep")
     done = subprocess.run(
         [*words, "--start", command, f"--json={result}"], capture_output=True, text=True, cwd=ROOT, env=_environment()
     )
