@@ -121,6 +121,76 @@ static inline void serve(struct guest *guest, vu_queue *queue)
     }
 }
 
+/* Serves a ring of these parts with any features, log and in-flight region, the last written by `write_inflight`; one time
+ * in sixteen with a part where it does not belong. */
+static inline void serve_any(struct guest *guest, struct vu_ring ring, uint16_t place,
+                             void (*write_inflight)(int fd, uint32_t size, uint16_t place))
+{
+    int packed = (ring.flags & VU_RING_PACKED) != 0, error;
+    uint64_t size = vu_inflight_size(2, 256, packed);
+    int log_fd = file_of(LOG_SIZE), inflight_fd = file_of(size), call = eventfd(0, EFD_NONBLOCK);
+    vu_log *log = vu_log_map(log_fd, LOG_SIZE, 0, &error);
+    write_inflight(inflight_fd, ring.size, place);
+    vu_inflight *inflight = vu_inflight_map(inflight_fd, size, 0, 2, 256, packed, &error);
+    CHECK(log && inflight);
+    ring.flags |= (uint32_t)(any() & (VU_RING_EVENT_IDX | VU_RING_INDIRECT | VU_RING_LOG_USED)) | VU_RING_GUEST_ADDR;
+    ring.index = (uint32_t)below(2);
+    if (!below(16))
+        *(&ring.desc + below(3)) = odd_address();
+    vu_queue *queue = vu_queue_new(guest->map, &ring, below(2) ? log : NULL, below(4) ? NULL : inflight, &error);
+    if (queue) {
+        vu_queue_set_call(queue, call);
+        serve(guest, queue);
+    }
+    vu_queue_free(queue);
+    vu_log_put(log);
+    vu_inflight_put(inflight);
+    close(call);
+    close(log_fd);
+    close(inflight_fd);
+}
+
+/* ---- a device that lies to a driver ----------------------------------------------------------------------- */
+
+static inline uint32_t offer_all(vu_driver *driver, uint32_t room, bool *held)
+{
+    vu_buffer buffers[64];
+    uint16_t heads[64];
+    uint32_t counts[64];
+    for (uint32_t i = 0; i < 64; i++)
+        buffers[i] = (vu_buffer){any(), (uint32_t)any(), (uint32_t)below(2)}, counts[i] = 1;
+    int added = vu_driver_add_many(driver, buffers, counts, 64, heads);
+    CHECK(added == (room ? (int)room : VU_E_SIZE));
+    for (uint32_t i = 0; i < room; i++) {
+        CHECK(!held[heads[i]]);
+        held[heads[i]] = true;
+    }
+    return room;
+}
+
+/* Whatever the device says (`lie`), the driver hands out only what it has offered, each once. Rings of up to 64. */
+static inline void lie_to(struct guest *guest, const struct vu_driver_parts *parts, uint32_t size, uint32_t flags,
+                          void (*lie)(struct guest *guest, const struct vu_driver_parts *parts, uint32_t size))
+{
+    uint32_t out = 0;
+    bool held[64] = {false};
+    int error;
+    vu_driver *driver = vu_driver_place(guest->map, parts, size, flags, &error);
+    CHECK(driver);
+    for (int turn = 0; turn < 8; turn++) {
+        out += offer_all(driver, size - out, held);
+        CHECK(vu_driver_publish(driver) >= 0);
+        lie(guest, parts, size);
+        vu_returned returned[64];
+        int taken = vu_driver_take_many(driver, returned, 64);
+        for (int i = 0; i < taken; i++, out--) {
+            CHECK(returned[i].head < size && held[returned[i].head]);
+            held[returned[i].head] = false;
+        }
+    }
+    vu_driver_free(driver);
+}
+
 /* A device's end of the driver's ring. */
 static inline vu_queue *queue_of(struct guest *guest, vu_driver *driver, uint32_t size, uint32_t flags)
 {

@@ -90,63 +90,26 @@ static void random_round(struct guest *guest)
     uint32_t size = sizes[below(5)];
     uint16_t place = (uint16_t)(below(size) | (below(4) ? 0x8000 : 0));
     write_ring(guest, size);
-    int error, log_fd = file_of(LOG_SIZE), inflight_fd = file_of(vu_inflight_size(2, 256, 1));
-    vu_log *log = vu_log_map(log_fd, LOG_SIZE, 0, &error);
-    write_inflight(inflight_fd, size, place & 0x7fff);
-    vu_inflight *inflight = vu_inflight_map(inflight_fd, vu_inflight_size(2, 256, 1), 0, 2, 256, 1, &error);
-    CHECK(log && inflight);
     struct vu_ring ring = {
-        .size = size,
-        .flags = (uint32_t)(any() & (VU_RING_EVENT_IDX | VU_RING_INDIRECT | VU_RING_LOG_USED)) | VU_RING_GUEST_ADDR |
-                 VU_RING_PACKED,
-        .desc = RING, .avail = EVENTS, .used = EVENTS + 4, .base = below(16) ? place | (uint32_t)place << 16 : (uint32_t)any(),
-        .index = (uint32_t)below(2),
+        .size = size, .flags = VU_RING_PACKED, .desc = RING, .avail = EVENTS, .used = EVENTS + 4,
+        .base = below(16) ? place | (uint32_t)place << 16 : (uint32_t)any(),
     };
-    if (!below(16))
-        *(&ring.desc + below(3)) = odd_address();
-    vu_queue *queue = vu_queue_new(guest->map, &ring, below(2) ? log : NULL, below(4) ? NULL : inflight, &error);
-    int call = eventfd(0, EFD_NONBLOCK);
-    if (queue) {
-        vu_queue_set_call(queue, call);
-        serve(guest, queue);
-    }
-    vu_queue_free(queue);
-    vu_log_put(log);
-    vu_inflight_put(inflight);
-    close(call);
-    close(log_fd);
-    close(inflight_fd);
+    serve_any(guest, ring, place & 0x7fff, write_inflight);
 }
 
-/* A device that lies to a driver: whatever it says, the driver hands out only what it has offered, each once. */
+static void lie(struct guest *guest, const struct vu_driver_parts *parts, uint32_t size)
+{
+    for (uint32_t i = 0; i < size; i++) {
+        struct row row = {any(), below(4) ? 0 : (uint32_t)any(), (uint16_t)below(size + 1),
+                          (uint16_t)(below(8) ? (below(2) ? 0x8082 : 2) : any())};
+        put(guest, parts->desc + 16 * i, &row, sizeof row);
+    }
+}
+
 static void lying_round(struct guest *guest)
 {
     struct vu_driver_parts parts = {.desc = below(64) * 16, .avail = 16384 + below(64) * 4, .used = 32768 + below(64) * 4};
-    uint32_t size = 1 + (uint32_t)below(64), out = 0;
-    bool held[64] = {false};
-    int error;
-    vu_driver *driver = vu_driver_place(guest->map, &parts, size, VU_DRIVER_PACKED | (uint32_t)below(2), &error);
-    CHECK(driver);
-    for (int turn = 0; turn < 8; turn++) {
-        for (int head; out < size; out++) {
-            vu_buffer buffer = {any(), (uint32_t)any(), (uint32_t)below(2)};
-            CHECK((head = vu_driver_add(driver, &buffer, 1)) >= 0 && !held[head]);
-            held[head] = true;
-        }
-        CHECK(vu_driver_publish(driver) >= 0);
-        for (uint32_t i = 0; i < size; i++) {
-            struct row row = {any(), below(4) ? 0 : (uint32_t)any(), (uint16_t)below(size + 1),
-                              (uint16_t)(below(8) ? (below(2) ? 0x8082 : 2) : any())};
-            put(guest, parts.desc + 16 * i, &row, sizeof row);
-        }
-        vu_returned returned[64];
-        int taken = vu_driver_take_many(driver, returned, 64);
-        for (int i = 0; i < taken; i++, out--) {
-            CHECK(returned[i].head < size && held[returned[i].head]);
-            held[returned[i].head] = false;
-        }
-    }
-    vu_driver_free(driver);
+    lie_to(guest, &parts, 1 + (uint32_t)below(64), VU_DRIVER_PACKED | (uint32_t)below(2), lie);
 }
 
 /* A driver that rewrites everything while we look: what was checked must be what is used. */

@@ -78,65 +78,26 @@ static void random_round(struct guest *guest)
     uint32_t size = sizes[below(5)];
     uint16_t base = (uint16_t)any();
     struct ring_at at = write_ring(guest, size, base);
-    int error, log_fd = file_of(LOG_SIZE), inflight_fd = file_of(vu_inflight_size(2, 256, 0));
-    vu_log *log = vu_log_map(log_fd, LOG_SIZE, 0, &error);
-    write_inflight(inflight_fd, size, base);
-    vu_inflight *inflight = vu_inflight_map(inflight_fd, vu_inflight_size(2, 256, 0), 0, 2, 256, 0, &error);
-    CHECK(log && inflight);
     struct vu_ring ring = {
-        .size = size,
-        .flags = (uint32_t)(any() & (VU_RING_EVENT_IDX | VU_RING_INDIRECT | VU_RING_LOG_USED)) | VU_RING_GUEST_ADDR,
-        .desc = at.desc, .avail = at.avail, .used = at.used, .log_addr = at.used, .base = base, .index = (uint32_t)below(2),
+        .size = size, .desc = at.desc, .avail = at.avail, .used = at.used, .log_addr = at.used, .base = base,
     };
-    if (!below(16))
-        *(&ring.desc + below(3)) = odd_address();
-    vu_queue *queue = vu_queue_new(guest->map, &ring, below(2) ? log : NULL, below(4) ? NULL : inflight, &error);
-    int call = eventfd(0, EFD_NONBLOCK);
-    if (queue) {
-        vu_queue_set_call(queue, call);
-        serve(guest, queue);
-    }
-    vu_queue_free(queue);
-    vu_log_put(log);
-    vu_inflight_put(inflight);
-    close(call);
-    close(log_fd);
-    close(inflight_fd);
+    serve_any(guest, ring, base, write_inflight);
 }
 
-/* A device that lies to a driver: whatever it says, the driver hands out only what it has offered, each once. */
+static void lie(struct guest *guest, const struct vu_driver_parts *parts, uint32_t size)
+{
+    struct { uint32_t id, length; } entry = {0, below(4) ? 0 : (uint32_t)any()};
+    for (uint32_t i = 0; i < size; i++) {
+        entry.id = (uint32_t)below(size + 1);
+        put(guest, parts->used + 4 + 8 * i, &entry, sizeof entry);
+    }
+    CHECK(vu_map_publish16(guest->map, parts->used + 2, (uint16_t)below(2 * size)) == 0);
+}
+
 static void lying_round(struct guest *guest)
 {
     struct vu_driver_parts parts = {.desc = below(64) * 16, .avail = 16384 + below(64) * 2, .used = 32768 + below(64) * 4};
-    uint32_t size = UINT32_C(1) << below(7), counts[64], out = 0;
-    bool held[64] = {false};
-    int error;
-    vu_driver *driver = vu_driver_place(guest->map, &parts, size, (uint32_t)below(2), &error);
-    CHECK(driver);
-    for (int turn = 0; turn < 8; turn++) {
-        vu_buffer buffers[64];
-        uint16_t heads[64];
-        for (uint32_t i = 0; i < 64; i++)
-            buffers[i] = (vu_buffer){any(), (uint32_t)any(), (uint32_t)below(2)}, counts[i] = 1;
-        int added = vu_driver_add_many(driver, buffers, counts, 64, heads);
-        CHECK(added == (size == out ? VU_E_SIZE : (int)(size - out)));
-        for (int i = 0; i < added; i++, out++) {
-            CHECK(!held[heads[i]]);
-            held[heads[i]] = true;
-        }
-        CHECK(vu_driver_publish(driver) >= 0);
-        struct { uint32_t id, length; } entry = {(uint32_t)below(size + 1), below(4) ? 0 : (uint32_t)any()};
-        for (uint32_t i = 0; i < size; i++)
-            put(guest, parts.used + 4 + 8 * i, &entry, sizeof entry), entry.id = (uint32_t)below(size + 1);
-        CHECK(vu_map_publish16(guest->map, parts.used + 2, (uint16_t)below(2 * size)) == 0);
-        vu_returned returned[64];
-        int taken = vu_driver_take_many(driver, returned, 64);
-        for (int i = 0; i < taken; i++, out--) {
-            CHECK(returned[i].head < size && held[returned[i].head]);
-            held[returned[i].head] = false;
-        }
-    }
-    vu_driver_free(driver);
+    lie_to(guest, &parts, UINT32_C(1) << below(7), (uint32_t)below(2), lie);
 }
 
 /* Random marks, taken in pieces: what comes out is what went in, once. */

@@ -392,7 +392,7 @@ uint32_t vu_pages_overdue(vu_pages *pages, uint64_t since, uint64_t *found, uint
 uint32_t vu_pages_waits(vu_pages *pages, struct vu_wait *waits, uint32_t max);
 void vu_pages_withhold(vu_pages *pages, uint64_t first, uint64_t count, int on);
 
-/* ---- the fault server: the front-end's half of postcopy (faultserver.c, faultwake.c, faultput.c) --------------- */
+/* ---- the fault server: the front-end's half of postcopy (faultserver.c, faultplace.c, faultwake.c, faultput.c) - */
 
 typedef struct vu_faults vu_faults;
 

@@ -1,5 +1,6 @@
 /*
- * The inside of the fault server: what its loop (faultserver.c), placing (faultput.c) and waking (faultwake.c) share.
+ * The inside of the fault server: what its loop (faultserver.c), bringing pages (faultplace.c, faultput.c) and waking
+ * (faultwake.c) share.
  */
 #ifndef VHOSTUSER_FAULT_H
 #define VHOSTUSER_FAULT_H
@@ -81,6 +82,14 @@ void vu_record_close(struct vu_fault_record *record);
 /* One event, if there is a record; from any thread. */
 void vu_record_add(struct vu_faults *server, uint32_t kind, uint32_t client, uint64_t page, uint64_t count,
                    uint64_t ns);
+
+/* ---- bringing pages (faultplace.c) ------------------------------------------------------------------------------- */
+/* Has those that are missing asked for: by the loop, or by the source. */
+void vu_fault_ask(struct vu_faults *server);
+/* Places what clients wait for, from a mapped source; until a pause. */
+void vu_fault_place_wanted(struct vu_faults *server);
+/* Gives up the pages in [from, end) of one part that are missing; how many those were. */
+uint64_t vu_fault_lose(struct vu_faults *server, uint64_t from, uint64_t end);
 
 /* ---- placing (faultput.c) ---------------------------------------------------------------------------------------- */
 int vu_put_open(struct vu_faults *server);

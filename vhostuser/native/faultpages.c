@@ -2,7 +2,7 @@
  * The state of a fault server: which pages have been received, who waits for which, and the lock over both.
  *
  * What belongs here: the steps that change that state, each atomic. What does not: descriptors, addresses, system calls
- * that place or wake (faultput.c, faultwake.c), and the order in which they are made (faultserver.c).
+ * that place or wake (faultput.c, faultwake.c), and the order in which they are made (faultplace.c).
  *
  * No lost wake-up. A thread T of client C sleeps on page P, in the kernel's queue of C's userfaultfd, and the page is
  * placed once. The server does, in any number of threads and in any interleaving:

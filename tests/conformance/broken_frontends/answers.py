@@ -185,6 +185,8 @@ class CrashesOnLittle(Life):
 
 @fault("life.ends")
 class DeafOnLittle(Life):
+    offered = V.PROTOCOL_FEATURES.mask  # until it has heard
+
     def asked(self) -> None:
         if self.offered & V.PROTOCOL_FEATURES.mask:
             super().asked()
