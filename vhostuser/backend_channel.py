@@ -1,7 +1,7 @@
 """The back-end's own requests to the front-end, on the socket that SET_BACKEND_REQ_FD brought.
 
-What belongs here: sending in order without making anybody wait, and reading answers. What does not: what is said,
-and when a suspended device must be silent (``connection``).
+What belongs here: sending in order without making anybody wait, reading answers, and what is told by it and when. What
+does not: what the device does (``connection``).
 """
 
 from __future__ import annotations
@@ -9,11 +9,20 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 from collections import deque
 
 from vhostuser.channel import Channel, Fds
-from vhostuser.protocol import BackendRequest, Client, Payload, ProtocolError
+from vhostuser.protocol import (
+    BackendRequest,
+    BackendSession,
+    Client,
+    Payload,
+    ProtocolError,
+    ProtocolFeature,
+    RequestRefused,
+)
 
 log = logging.getLogger("vhostuser")
 
@@ -82,3 +91,51 @@ class BackendChannel:
         for task in self._tasks:
             task.cancel()
         self._channel.close()
+
+
+class Announcements:
+    """What one front-end is told of its own accord: that the configuration space has changed. Owns the channel.
+
+    ``name`` is the front-end's, for the log. Control thread only.
+    """
+
+    def __init__(self, name: str, session: BackendSession) -> None:
+        self._name = name
+        self._session = session
+        self._channel: BackendChannel | None = None
+        self._config_changed = False
+
+    @property
+    def channel(self) -> BackendChannel | None:
+        """What the front-end gave last."""
+        return self._channel
+
+    def take_channel(self, fds: Fds) -> None:
+        """SET_BACKEND_REQ_FD: the first of them is the channel, instead of the one before. Raises RequestRefused."""
+        fd = fds.take()
+        try:
+            channel = BackendChannel(fd, self._session.channel(), self._name)
+        except OSError as error:
+            os.close(fd)
+            raise RequestRefused(f"the descriptor cannot be the back-end channel: {error.strerror}") from None
+        self.close()
+        self._channel = channel
+
+    def config_changed(self) -> None:
+        """CONFIG_CHANGE is due."""
+        self._config_changed = True
+        self.send_due()
+
+    def send_due(self) -> None:
+        """CONFIG_CHANGE, once for all changes: a suspended device must not send anything."""
+        if not self._config_changed or self._channel is None or self._session.suspended:
+            return
+        self._config_changed = False
+        if self._session.has(ProtocolFeature.CONFIG):
+            self._channel.send(BackendRequest.CONFIG_CHANGE_MSG)
+
+    def close(self) -> None:
+        """Closes the channel, if there is one; what was not sent is dropped."""
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None

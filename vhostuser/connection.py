@@ -20,7 +20,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 from vhostuser.arguments import event_of, fds_of, payload_of, ring_of
-from vhostuser.backend_channel import BackendChannel
+from vhostuser.backend_channel import Announcements
 from vhostuser.channel import Channel, Fds
 from vhostuser.dataplane import DataThread
 from vhostuser.device import Device
@@ -31,7 +31,6 @@ from vhostuser.offer import TRANSPORT_FEATURES, protocol_features
 from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import (
     U64,
-    BackendRequest,
     BackendSession,
     Config,
     Effect,
@@ -40,7 +39,6 @@ from vhostuser.protocol import (
     Inflight,
     Log,
     MemoryTable,
-    ProtocolFeature,
     RemoteProtocolError,
     Reply,
     Request,
@@ -108,9 +106,8 @@ class Connection:
         self._regions = Regions(name, postcopy, record, self._life.memory_whole)
         self._watch = MessageWatch(name, self._waits_for)
         self._sending = False
-        self._backend_channel: BackendChannel | None = None
-        self._config_changed = False
-        device.announce += (self._announce,)
+        self._announcements = Announcements(name, self._session)
+        device.announce += (self._announcements.config_changed,)
 
     # ---- the life of the connection
 
@@ -175,7 +172,7 @@ class Connection:
             if request.code in _STOPPING:
                 await self._life.stop_unwanted()
             self._life.changed()
-            self._announce_if_due()
+            self._announcements.send_due()
             if outgoing is not None:
                 self._sending = True
                 await self._channel.send(outgoing.data, outgoing.fds)
@@ -223,7 +220,8 @@ class Connection:
         self._life.leave_behind()
 
     async def _close(self) -> None:
-        self.device.announce = tuple(fn for fn in self.device.announce if fn != self._announce)
+        ours = self._announcements.config_changed
+        self.device.announce = tuple(each for each in self.device.announce if each != ours)
         self._regions.revoke()
         loop = asyncio.get_running_loop()
         giving_up = [loop.call_later(_GRACE, self._life.abandon), loop.call_later(_PATIENCE, self._life.leave_behind)]
@@ -231,8 +229,7 @@ class Connection:
         for each in giving_up:
             each.cancel()
         self._regions.close()
-        if self._backend_channel is not None:
-            self._backend_channel.close()
+        self._announcements.close()
         self._channel.close()
 
     # ---- features and configuration space
@@ -357,7 +354,7 @@ class Connection:
 
     def _kicked(self, ring: Ring) -> None:
         self._life.kicked(ring)
-        self._announce_if_due()
+        self._announcements.send_due()
 
     # ---- in-flight tracking
 
@@ -405,31 +402,8 @@ class Connection:
         """Fulfils a message of the wake channel, which is a socket beside this connection's."""
         return self._regions.wake(wake)
 
-    # ---- the back-end channel
-
     async def _set_backend_req_fd(self, request: Request) -> None:
-        fd = fds_of(request).take()
-        try:
-            channel = BackendChannel(fd, self._session.channel(), self.name)
-        except OSError as error:
-            os.close(fd)
-            raise RequestRefused(f"the descriptor cannot be the back-end channel: {error.strerror}") from None
-        if self._backend_channel is not None:
-            self._backend_channel.close()
-        self._backend_channel = channel
-
-    def _announce(self) -> None:
-        self._config_changed = True
-        self._announce_if_due()
-
-    def _announce_if_due(self) -> None:
-        """CONFIG_CHANGE, once for all changes: a suspended device must not send anything."""
-        channel = self._backend_channel
-        if not self._config_changed or channel is None or self._session.suspended:
-            return
-        self._config_changed = False
-        if self._session.has(ProtocolFeature.CONFIG):
-            channel.send(BackendRequest.CONFIG_CHANGE_MSG)
+        self._announcements.take_channel(fds_of(request))
 
     # ---- what others see
 

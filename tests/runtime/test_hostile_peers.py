@@ -443,7 +443,7 @@ async def test_a_channel_whose_reader_sleeps_holds_up_nothing_and_does_not_grow(
         device.config_changed()
         await asyncio.sleep(0)
     await quiet(pair)
-    sending = pair.backend.connections[0]._backend_channel
+    sending = pair.backend.connections[0]._announcements.channel
     assert sending is not None
     assert sending.waiting <= 1
     assert await pair.frontend.stop_ring(pair.rings[0]) == 1

@@ -50,7 +50,7 @@ def stops_for_a_channel() -> None:
 def ends_with_its_channel() -> None:
     async def change(connection: Connection, request: Any, right: Any) -> None:
         await right(connection, request)
-        lost = asyncio.ensure_future(connection._backend_channel._channel.lost.wait())  # type: ignore[union-attr]
+        lost = asyncio.ensure_future(connection._announcements.channel._channel.lost.wait())  # type: ignore[union-attr]
         lost.add_done_callback(lambda _: connection._channel.end())
 
     handling(F.SET_BACKEND_REQ_FD, change)
@@ -68,8 +68,8 @@ def takes_anything_for_a_channel() -> None:
 @fault("channel.full")
 def waits_to_be_heard() -> None:
     async def change(connection: Connection, request: Any, right: Any) -> Any:
-        if connection._backend_channel is not None:
-            sock = connection._backend_channel._channel._sock
+        if connection._announcements.channel is not None:
+            sock = connection._announcements.channel._channel._sock
             sock.setblocking(True)
             sock.send(Header(2, 1, 0).pack())
             sock.setblocking(False)
