@@ -43,7 +43,7 @@ DROPPED = Metric(
 USELESS = Metric(
     "vhostuser_net_useless_buffers_total",
     Kind.COUNTER,
-    "Receive buffers that no header fits into.",
+    "Receive buffers that no frame fits into.",
     labels=("queue",),
 )
 

@@ -609,7 +609,7 @@ struct vu_net_config {
 
 struct vu_net_stats {
     uint64_t frames, bytes; /* moved; bytes without the virtio header */
-    uint64_t useless;       /* receive buffers that no header fits into */
+    uint64_t useless;       /* receive buffers that no frame fits into */
     /* Frames that were dropped: */
     uint64_t dropped_header;       /* shorter than a virtio header */
     uint64_t dropped_runt;         /* shorter than an Ethernet header */

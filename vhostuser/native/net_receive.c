@@ -31,12 +31,14 @@ struct receive {
 
 /* ---- which buffers a frame takes ------------------------------------------------------------------------------------- */
 
-/* Buffers that not even a header fits into, or whose memory is lost, go back empty. Returns the first that is not so. */
+/* Buffers that no frame fits into, or whose memory is lost, go back empty: they would stand in the way of all behind
+ * them. Returns the first that is not so. */
 static uint32_t pass_over(struct receive *run, uint32_t at)
 {
+    uint64_t least = run->net->header + (run->net->mergeable ? 0 : VU_NET_ETHER);
     for (; at < run->held.ready; at++) {
         const vu_chain *chain = vu_held_at(&run->held, at);
-        if (chain->writable >= run->net->header && !chain->fault)
+        if (chain->writable >= least && !chain->fault)
             break;
         run->lengths[at] = 0;
         run->tally.useless++;
