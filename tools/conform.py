@@ -89,6 +89,10 @@ def _add_backend(parser: Parser) -> None:
         help="what the back-end is, default blk; generic: only what needs no requests",
     )  # fmt: skip
     parser.add_argument(
+        "--frames-return", action="store_true",
+        help="a network device's frames come back as they were sent; without this option one is sent to see",
+    )  # fmt: skip
+    parser.add_argument(
         "--quiet-time", type=_seconds, default=0.05, metavar="SECONDS",
         help="how long to look on where nothing may happen, default 0.05",
     )  # fmt: skip
@@ -107,7 +111,8 @@ def _check_start(parser: Parser, options: argparse.Namespace) -> None:
 
 def _backend_bench(options: argparse.Namespace) -> BackendBench:
     path, start = options.socket_path, options.start or ""
-    return BackendBench(Settings(path, start, options.keep, options.device, options.timeout, options.quiet_time))
+    patience, quiet, loops = options.timeout, options.quiet_time, options.frames_return
+    return BackendBench(Settings(path, start, options.keep, options.device, patience, quiet, loops))
 
 
 def _add_frontend(parser: Parser) -> None:

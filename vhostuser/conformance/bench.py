@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
+from vhostuser.conformance.frames import NetFeature
+from vhostuser.conformance.nic import loops
 from vhostuser.conformance.peer import Peer
 from vhostuser.conformance.subject import Subject
-from vhostuser.conformance.suite import Unreachable
+from vhostuser.conformance.suite import Unreachable, Violation
 from vhostuser.frontend import Frontend
 from vhostuser.protocol import ProtocolFeature, VhostUserError, VirtioFeature
 from vhostuser.uffd import NotPermitted, Userfaultfd
@@ -38,6 +40,9 @@ class Need(Enum):
     WRITABLE = "a block device that may be written to"
     DISCARD = "a block device that offers DISCARD"
     WRITE_ZEROES = "a block device that offers WRITE_ZEROES"
+    NET = "a network device (--device=net)"
+    LOOP = "a network device whose frames come back as they were sent, such as vhostuser-net --end=loopback"
+    TWO_PAIRS = "a network device with two queue pairs or more, all of which return their frames"
     TWO_RINGS = "a device with two rings or more"
     NO_RING_255 = "a device with fewer than 256 rings"
     PROCESS = "a back-end that this suite may kill (--start)"
@@ -49,7 +54,8 @@ class Settings:
     """Where the back-end is and how long to wait, in seconds.
 
     command: a template for ``command_of``; empty: it listens on ``path`` already. keep: go on with the same process
-    after a case that passed. patience: for an answer. quiet: how long to look on where nothing may happen.
+    after a case that passed. patience: for an answer. quiet: how long to look on where nothing may happen. loops: a
+    network device's frames come back; if it is not known that they do, that is tried.
     """
 
     path: Path | None
@@ -58,18 +64,21 @@ class Settings:
     device: Device = Device.BLK
     patience: float = 3.0
     quiet: float = 0.05
+    loops: bool = False
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the back-end offers and how many rings it has; looked up once. once: it ends when its front-end has gone."""
+    """What the back-end offers and how many rings it has; looked up once. once: it ends when its front-end has gone.
+    loops: a network device's frames come back."""
 
     features: int = 0
     protocol_features: int = 0
     queues: int = 1
     once: bool = False
+    loops: bool = False
 
-    def offers(self, feature: ProtocolFeature | VirtioFeature) -> bool:
+    def offers(self, feature: ProtocolFeature | VirtioFeature | NetFeature) -> bool:
         """Is this feature among what is offered?"""
         bits = self.protocol_features if isinstance(feature, ProtocolFeature) else self.features
         return bool(bits & feature.mask)
@@ -94,7 +103,17 @@ class BackendBench:
             raise Unreachable(f"the back-end does not say what it offers: {error}") from None
         finally:
             await subject.close()
+        if self.settings.device is Device.NET:
+            self.survey = replace(self.survey, loops=self.settings.loops or await self._loops())
         return self.survey
+
+    async def _loops(self) -> bool:
+        """A back-end with which this goes wrong in any way returns nothing; which way is for the cases to find."""
+        try:
+            async with self.open() as peer:
+                return await loops(peer)
+        except (Violation, VhostUserError, TimeoutError, ConnectionError):
+            return False
 
     def _subject(self) -> Subject:
         settings = self.settings
@@ -107,25 +126,23 @@ class BackendBench:
 
     def lacks(self, needs: Sequence[Enum]) -> str:
         for need in needs:
-            if isinstance(need, ProtocolFeature | VirtioFeature) and not self.survey.offers(need):
+            if isinstance(need, NetFeature) and not self._has(Need.NET):
+                return f"needs {Need.NET.value}"
+            if isinstance(need, ProtocolFeature | VirtioFeature | NetFeature) and not self.survey.offers(need):
                 return f"{need.name} is not offered"
             if isinstance(need, Need) and not self._has(need):
                 return f"needs {need.value}"
         return ""
 
     def _has(self, need: Need) -> bool:
-        device, features = self.settings.device, self.survey.features
+        device = self.settings.device
         match need:
             case Need.RINGS:
                 return device is not Device.GENERIC
-            case Need.BLK:
-                return device is Device.BLK
-            case Need.WRITABLE:
-                return device is Device.BLK and not features >> _BLK_RO & 1
-            case Need.DISCARD:
-                return device is Device.BLK and bool(features >> _BLK_DISCARD & 1)
-            case Need.WRITE_ZEROES:
-                return device is Device.BLK and bool(features >> _BLK_WRITE_ZEROES & 1)
+            case Need.NET | Need.LOOP | Need.TWO_PAIRS:
+                return self._network_has(need)
+            case Need.BLK | Need.WRITABLE | Need.DISCARD | Need.WRITE_ZEROES:
+                return self._disk_has(need)
             case Need.TWO_RINGS:
                 return self.survey.queues > 1
             case Need.NO_RING_255:
@@ -135,6 +152,19 @@ class BackendBench:
                 return bool(self.settings.command)
             case Need.USERFAULTFD:
                 return _userfaultfd()
+
+    def _disk_has(self, need: Need) -> bool:
+        features = self.survey.features
+        bits = {Need.DISCARD: _BLK_DISCARD, Need.WRITE_ZEROES: _BLK_WRITE_ZEROES}
+        offered = bool(features >> bits[need] & 1) if need in bits else True
+        read_only = need is Need.WRITABLE and bool(features >> _BLK_RO & 1)
+        return self.settings.device is Device.BLK and offered and not read_only
+
+    def _network_has(self, need: Need) -> bool:
+        if self.settings.device is not Device.NET:
+            return False
+        loops = need is Need.NET or self.survey.loops
+        return loops and (need is not Need.TWO_PAIRS or self.survey.queues > 1)
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[Peer]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vhostuser.channel import readable
+from vhostuser.conformance.frames import NetFeature
 from vhostuser.conformance.lane import AREA, Lane
 from vhostuser.conformance.subject import Subject
 from vhostuser.conformance.suite import Skipped, Violation, check
@@ -104,12 +105,13 @@ class Peer:
     # ---- openings
 
     async def negotiate(
-        self, *features: VirtioFeature,
+        self, *features: VirtioFeature | NetFeature, legacy: bool = False,
         without: Collection[ProtocolFeature] = (), also: Collection[ProtocolFeature] = (),
     ) -> Frontend:  # fmt: skip
-        """Takes VERSION_1, protocol features and these; of the protocol features all but those ``without``, and
-        ``also`` what this suite does not drive a ring with."""
+        """Takes VERSION_1 (unless ``legacy``), protocol features and these; of the protocol features all but those
+        ``without``, and ``also`` what this suite does not drive a ring with."""
         wanted = PLAIN | sum(feature.mask for feature in features)
+        wanted &= ~VirtioFeature.VERSION_1.mask if legacy else wanted
         protocol = _PROTOCOL | sum(feature.mask for feature in also)
         await self.frontend.negotiate(wanted, protocol & ~sum(feature.mask for feature in without))
         return self.frontend

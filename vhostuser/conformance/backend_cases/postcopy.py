@@ -10,9 +10,11 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from vhostuser.conformance.bench import Need
+from vhostuser.conformance.frames import NetFeature
 from vhostuser.conformance.lane import Lane
 from vhostuser.conformance.peer import MIB, RINGS, Peer
 from vhostuser.conformance.suite import Theme, Unreachable, Violation, check, equal
@@ -142,8 +144,8 @@ def _has_data(fd: int, offset: int) -> bool:
         raise
 
 
-async def _advised(peer: Peer) -> PostcopyClient:
-    await peer.negotiate()
+async def _advised(peer: Peer, *features: NetFeature) -> PostcopyClient:
+    await peer.negotiate(*features)
     return await _advise(peer)
 
 
@@ -153,11 +155,15 @@ async def _advise(peer: Peer) -> PostcopyClient:
     return client
 
 
-async def _migrate(
-    peer: Peer, *regions: tuple[int, int], by_slots: bool | None = None, memory: SharedMemory | None = None
+async def migrate(
+    peer: Peer,
+    *regions: tuple[int, int],
+    by_slots: bool | None = None,
+    memory: SharedMemory | None = None,
+    features: Sequence[NetFeature] = (),
 ) -> Migration:
     """Up to the bases, which the front-end has not acknowledged; by default of one region of 8 MiB."""
-    client = await _advised(peer)
+    client = await _advised(peer, *features)
     await client.listen()
     memory = memory or peer.make_memory(*regions)
     peer.adopt(memory)
@@ -291,7 +297,7 @@ async def _(peer: Peer) -> None:
     section=TABLE,
 )
 async def _(peer: Peer) -> None:
-    await _migrate(peer, by_slots=False)
+    await migrate(peer, by_slots=False)
 
 
 @CASES.must(
@@ -303,7 +309,7 @@ async def _(peer: Peer) -> None:
     section=ADD,
 )
 async def _(peer: Peer) -> None:
-    await _migrate(peer, by_slots=True)
+    await migrate(peer, by_slots=True)
 
 
 @CASES.must(
@@ -322,7 +328,7 @@ async def _(peer: Peer) -> None:
 def _acknowledged(name: str, rule: str, *, by_slots: bool, empty: bool) -> None:
     @CASES.must(name, rule, PAGEFAULT, UFFD, DISK, *((SLOTS,) if by_slots else ()), section=TABLE)
     async def _(peer: Peer) -> None:
-        migration = await _migrate(peer, by_slots=by_slots)
+        migration = await migrate(peer, by_slots=by_slots)
         lane = await migration.lane(acknowledge=(F.ADD_MEM_REG if by_slots else F.SET_MEM_TABLE, PostcopyAck(empty)))
         await lane.works()
 
@@ -336,7 +342,7 @@ _acknowledged("ack-slots", "One acknowledgement does for regions that came one b
     "no-touch", "Before the acknowledgement nothing is touched, and no fault comes.", PAGEFAULT, UFFD, section=TABLE
 )
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     await asyncio.sleep(peer.quiet)  # nothing is asked: DPDK takes the next message for the acknowledgement
     faults = Userfaultfd(os.dup(migration.client.uffd))
     with faults:
@@ -349,7 +355,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("fault", "A missing page is waited for, and reported at the address that was told.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     lane = await migration.lane()
     await migration.blocked(lane)
     equal("faults at other addresses", migration.stats().stray, 0)
@@ -359,7 +365,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("waits", "A request waits for its page: it is not returned before that has come.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     lane = await migration.lane()
     await migration.blocked(lane)
     await asyncio.sleep(peer.quiet)
@@ -370,7 +376,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("no-hole-filled", "No page comes into being by a touch that was not reported.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     lane = await migration.lane()
     for _ in range(8):
         await lane.works()
@@ -381,7 +387,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.should("no-more-than-needed", "Pages that nobody needs are not asked for.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     lane = await migration.lane()
     await lane.works()
     await asyncio.sleep(peer.quiet)
@@ -391,7 +397,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("control", "While a page is waited for the front-end is answered.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     lane = await migration.lane()
     await migration.blocked(lane)
     await peer.answers()
@@ -401,7 +407,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("data", "What is in a page is what the device finds there.", PAGEFAULT, UFFD, DISK, Need.WRITABLE)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     lane = await migration.lane()
     # By hand, since whoever submits a write touches its data, which must be missing.
     write, read = lane.buffers(BlkRequest.write(0, PATTERN), slot=1), lane.buffers(BlkRequest.read(0, 8), slot=2)
@@ -417,7 +423,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("two-regions", "Faults are told apart by region.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer, (0, 4 * MIB), (1 << 32, 4 * MIB))
+    migration = await migrate(peer, (0, 4 * MIB), (1 << 32, 4 * MIB))
     lane = await migration.lane(requests=1 << 32)
     await migration.blocked(lane)
     equal("faults at addresses of no region", migration.stats().stray, 0)
@@ -429,7 +435,7 @@ async def _(peer: Peer) -> None:
     "two-regions-in-table", "Faults are told apart by region where they came in a table.", PAGEFAULT, UFFD, DISK
 )
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer, (0, 4 * MIB), (1 << 32, 4 * MIB), by_slots=False)
+    migration = await migrate(peer, (0, 4 * MIB), (1 << 32, 4 * MIB), by_slots=False)
     lane = await migration.lane(requests=1 << 32)
     await migration.blocked(lane)
     migration.held.give()
@@ -438,7 +444,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("hugetlb", "Pages of hugetlbfs are waited for like any others.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer, memory=peer.make_huge_memory(8 * MIB))
+    migration = await migrate(peer, memory=peer.make_huge_memory(8 * MIB))
     lane = await migration.lane(requests=4 * MIB)
     await lane.works()
     equal("pages that were there before they were placed", migration.server.stats().present, 0)
@@ -449,7 +455,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("end", "POSTCOPY_END is answered with 0, and the device goes on.", PAGEFAULT, UFFD, DISK, section=END)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     lane = await migration.lane()
     await lane.works()
     migration.server.prefetch()
@@ -479,7 +485,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("loss", "When the front-end is lost no missing page is filled with zeros.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     lane = await migration.lane()
     guest = await migration.blocked(lane)
     peer.frontend.close()
@@ -489,7 +495,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("loss-then-next", "After a loss in postcopy the next front-end is served.", PAGEFAULT, UFFD, DISK)
 async def _(peer: Peer) -> None:
-    migration = await _migrate(peer)
+    migration = await migrate(peer)
     lane = await migration.lane()
     await migration.blocked(lane)
     await peer.again()
