@@ -46,7 +46,7 @@ async def failures(server: ForkServer, name: str, cases: Sequence[Case[Peer]], p
 
 
 def _mark(name: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.postcopy] if any(case.startswith("postcopy.") for case in FAULTS[name].fails) else []
+    return [pytest.mark.postcopy] if any("postcopy." in case for case in FAULTS[name].fails) else []
 
 
 @pytest.mark.timeout(600 if WHOLE else 120)

@@ -1,6 +1,8 @@
-"""Disks with one fault each, for the suite to find: ``python -m tests.conformance.broken NAME --socket-path=...``.
+"""Disks and network interfaces with one fault each, for the suite to find.
 
-What belongs here: the list. A module holds the faults of a theme; each is our own disk with one thing patched, and
+``python -m tests.conformance.broken NAME --socket-path=...`` starts one.
+
+What belongs here: the list. A module holds the faults of a theme; each is our own device with one thing patched, and
 right in everything else, and says which cases must fail.
 """
 
@@ -17,6 +19,10 @@ from tests.conformance.broken import (  # noqa: F401  (each adds its faults to t
     maps,
     messages,
     negotiation,
+    net_buffers,
+    net_frames,
+    net_rings,
+    net_told,
     notifications,
     personas,
     postcopy,

@@ -1,10 +1,12 @@
-"""The disk with the fault that is named first, and the disk's own options behind it."""
+"""The device with the fault that is named first, and the device's own options behind it."""
 
 import sys
 
 from tests.conformance.broken import FAULTS
-from vhostuser.tools.blk import main
+from vhostuser.conformance.bench import Device
+from vhostuser.tools import blk, net
 
 if __name__ == "__main__":
-    FAULTS[sys.argv[1]].patch()
-    main(sys.argv[2:])
+    fault = FAULTS[sys.argv[1]]
+    fault.patch()
+    (net if fault.device is Device.NET else blk).main(sys.argv[2:])

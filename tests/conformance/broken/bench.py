@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tests.conformance.broken import FAULTS
 from tests.conformance.broken.forkserver import Child, ForkServer
-from vhostuser.conformance.bench import BackendBench, Settings
+from vhostuser.conformance.bench import BackendBench, Device, Settings
 from vhostuser.conformance.peer import Peer
 from vhostuser.conformance.subject import Subject
 from vhostuser.conformance.suite import Case, Result, judge_all
 
-OPTIONS = "--socket-path={socket} --blk-file={image} --log-level=error --num-queues=2"
+OPTIONS = {
+    Device.BLK: "--socket-path={socket} --blk-file={image} --log-level=error --num-queues=2",
+    Device.NET: "--socket-path={socket} --end=loopback --log-level=error --queue-pairs=2 --postcopy=always",
+}
 _JOBS = 4  # mostly waiting
 
 
@@ -32,7 +36,9 @@ class BrokenBench(BackendBench):
     """A bench for the disk with the fault ``name``. Times are in seconds; keep: see ``Settings``."""
 
     def __init__(self, server: ForkServer, name: str, patience: float, quiet: float, *, keep: bool) -> None:
-        super().__init__(Settings(None, f"{name} {OPTIONS}", keep, patience=patience, quiet=quiet))
+        device = FAULTS[name].device
+        command = f"{name} {OPTIONS[device]}"
+        super().__init__(Settings(None, command, keep, device, patience=patience, quiet=quiet, loops=True))
         self._server = server
 
     def _subject(self) -> Subject:

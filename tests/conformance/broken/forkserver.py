@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from tests.conformance.broken import FAULTS
-from vhostuser.tools import blk, disk  # noqa: F401  (disk: what a start would have to import)
+from vhostuser.conformance.bench import Device
+from vhostuser.tools import blk, disk, net, network  # noqa: F401  (disk, network: what a start would have to import)
 
 _PR_SET_PDEATHSIG = 1
 _ORDER = 1 << 16
@@ -123,7 +124,7 @@ def _become(output: str, name: str, *options: str) -> NoReturn:
         _take_descriptors(output)
         sys.argv = [name, *options]
         FAULTS[name].patch()
-        blk.main(options)
+        (net if FAULTS[name].device is Device.NET else blk).main(options)
     except SystemExit as end:
         print(end, file=sys.stderr)
     except BaseException as error:

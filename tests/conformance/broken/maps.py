@@ -47,14 +47,6 @@ def maps_no_huge_pages() -> None:
 # ---- one table after the other
 
 
-@fault("memory.set-twice")
-def keeps_the_first_table() -> None:
-    async def change(connection: Connection, request: Any, right: Any) -> Any:
-        return await right(connection, request) if connection._listening or not connection.memory else None
-
-    handling(F.SET_MEM_TABLE, change)
-
-
 @fault("memory.refusal-keeps-table")
 def forgets_its_table_when_it_refuses_another() -> None:
     async def change(connection: Connection, request: Any, right: Any) -> Any:

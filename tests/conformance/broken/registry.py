@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vhostuser.conformance.bench import Device
 from vhostuser.connection import HANDLERS, Connection
 from vhostuser.protocol import BackendSession, FrontendRequest, Outgoing
 
@@ -21,20 +22,36 @@ F = FrontendRequest
 
 
 class Fault(NamedTuple):
-    """What to patch, and the cases that must fail; none for a disk that is right."""
+    """What to patch, and the cases that must fail; none for a device that is right. device: as for ``--device``."""
 
     patch: Callable[[], object]
     fails: tuple[str, ...]
+    device: Device = Device.BLK
 
 
 FAULTS: dict[str, Fault] = {}
+
+
+def _add(name: str, fault: Fault) -> None:
+    assert name not in FAULTS, f"two faults are called {name}"
+    FAULTS[name] = fault
 
 
 def fault(*fails: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Declares the function under it as a fault of this name."""
 
     def add(patch: Callable[[], None]) -> Callable[[], None]:
-        FAULTS[patch.__name__] = Fault(patch, fails)
+        _add(patch.__name__, Fault(patch, fails))
+        return patch
+
+    return add
+
+
+def net_fault(*fails: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """``fault``, of our network interface."""
+
+    def add(patch: Callable[[], None]) -> Callable[[], None]:
+        _add(patch.__name__, Fault(patch, fails, Device.NET))
         return patch
 
     return add

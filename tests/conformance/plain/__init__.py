@@ -1,4 +1,5 @@
-"""A second data path for our disk, in plain Python: slow, small, every step of it a method that can be overridden.
+"""A second data path for our disk and our network interface, in plain Python: slow, small, every step of it a method
+that can be overridden.
 
 What belongs here: what the native data path does, written again as a reader of the specification would begin.
 What does not: faults, each of which is an override of a step (``tests.conformance.broken``).
@@ -13,13 +14,15 @@ from typing import Any
 
 from tests.conformance.plain.disk import Disk
 from tests.conformance.plain.inflight import Inflight, InflightQueue
+from tests.conformance.plain.net import Discard, Interface, Loop
 from tests.conformance.plain.queue import Queue
 from vhostuser import connection
-from vhostuser.devices import blk
+from vhostuser.devices import blk, net
 from vhostuser.protocol import VirtioFeature
+from vhostuser.tools import network
 from vhostuser.virtqueue import InflightRegion, RingSetup
 
-__all__ = ["Disk", "InflightQueue", "Queue", "install", "override"]
+__all__ = ["Disk", "InflightQueue", "Interface", "Loop", "Queue", "install", "override"]
 
 
 def install() -> None:
@@ -31,6 +34,9 @@ def install() -> None:
     connection.TRANSPORT_FEATURES &= ~VirtioFeature.RING_PACKED.mask  # it serves split rings alone
     RingSetup.open = opened  # type: ignore[method-assign,assignment]
     blk.BlkEngine = Disk  # type: ignore[misc,assignment]
+    net.NetEngine = Interface  # type: ignore[misc,assignment]
+    net._Discard = Discard  # type: ignore[misc,assignment]
+    network._interface = lambda options: net.Net(Loop(options.queue_pairs))
     InflightRegion.map = Inflight.map  # type: ignore[method-assign,assignment]
 
 
