@@ -17,7 +17,7 @@ def test_nothing_but_what_is_known() -> None:
     if not shutil.which("dpdk-testpmd"):
         pytest.skip("dpdk-testpmd is not installed")
     (peer,) = (peer for peer in PEERS if peer.name == "dpdk-net-vhost")
-    options = ["--device=net", "--keep", "--strict", f"--waive={waivers(peer)}", "--timeout=1.5", "--jobs=3"]
+    options = ["--device=net", "--keep", "--strict", f"--waive={waivers(peer)}", "--jobs=2", *peer.options]
     done = conform("--start", peer.command, *options, seconds=270)
     new = [line for line in done.stderr.splitlines() if line.startswith(("fail", "error"))]
     assert new == []

@@ -40,7 +40,7 @@ _STORAGE = (
 _NET_VHOST = (
     "dpdk-testpmd --lcores 0@0,1@0 --no-pci --no-huge -m 64 --no-shconf --log-level=lib.eal:error"
     " --vdev net_vhost0,iface={socket},queues=1,postcopy-support=1"
-    " -- --forward-mode=rxonly --auto-start --nb-cores=1 --total-num-mbufs=2048 --disable-link-check --stats-period=600"
+    " -- --forward-mode=io --auto-start --nb-cores=1 --total-num-mbufs=2048 --disable-link-check --stats-period=600"
 )
 _QEMU = (
     "qemu-system-x86_64 -accel tcg -machine pc,memory-backend=m -m 64 -nodefaults -display none"
@@ -52,6 +52,7 @@ _VIRTIO_USER = (
     " --vdev net_virtio_user0,path={socket},queues=1,queue_size=256"
     " -- --forward-mode=rxonly --auto-start --stats-period=1000 --nb-cores=1 --total-num-mbufs=2048"
 )
+_LOOP = ("--timeout=1.5", "--frames-return")
 _SLOW = ("--timeout=4", "--quiet-time=0.5")
 
 PEERS: Final = (
@@ -61,7 +62,7 @@ PEERS: Final = (
     ),
     Peer(
         "vhostuser-net", "vhostuser-net", "",
-        "vhostuser-net --socket-path={socket} --end=sink --log-level=error", "net", keep=True,
+        "vhostuser-net --socket-path={socket} --end=loopback --log-level=error", "net", keep=True, options=_LOOP,
     ),
     Peer(
         "ramdisk", "examples/ramdisk.py", "",
@@ -77,8 +78,8 @@ PEERS: Final = (
         remark="Its export is built on libvhost-user.",
     ),
     Peer(
-        "dpdk-net-vhost", "DPDK's net_vhost", "dpdk-dev", _NET_VHOST, "net", keep=True, jobs=3,
-        remark="In `dpdk-testpmd`, which receives what the suite's driver sends and drops it.",
+        "dpdk-net-vhost", "DPDK's net_vhost", "dpdk-dev", _NET_VHOST, "net", keep=True, jobs=2, options=_LOOP,
+        remark="In `dpdk-testpmd`, which sends back what it receives from the suite's driver.",
     ),
     Peer(
         "qemu-virtiofsd", "QEMU's virtiofsd (C)", "qemu-system-common",
