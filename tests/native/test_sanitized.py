@@ -83,6 +83,18 @@ def test_no_chain_makes_the_network_engine_leave_its_memory(program: Program, co
         assert run(net, str(seed), "300") == "ok\n"
 
 
+@pytest.mark.parametrize("ring", ["split", "packed"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_kill_behind_any_instruction_loses_no_request_and_returns_none_twice(
+    program: Program, ring: str, batch: int
+) -> None:
+    """To look further: tests/native/crash.c, any seed. Each of the 12 is noted, returned and forgotten."""
+    moments = int(run(program("crash", compilers()[0], "undefined"), "20261130", ring, str(batch)))
+    assert moments >= {"split": 5, "packed": 12}[ring] * 12, (
+        "each of 12 requests is noted, returned and forgotten again"
+    )
+
+
 def test_the_threads_of_a_hub_do_not_race(program: Program) -> None:
     """Threads that fill a mailbox while another sleeps on it and empties it: nothing is lost, torn or out of order."""
     assert run(program("net", compilers()[0], "thread"), "1", "0") == "ok\n"
