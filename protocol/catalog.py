@@ -337,7 +337,6 @@ def _frontend_extension_rows() -> Iterator[Row]:
         rules=(rules.transfer_while_suspended,),
         done=DeviceStateReply(),
         refusal=_NO_TRANSFER,
-        unserved=_NOT_OFFERED,
     )
     yield Row(
         code=F.CHECK_DEVICE_STATE,
@@ -345,7 +344,6 @@ def _frontend_extension_rows() -> Iterator[Row]:
         gate=_negotiated(P.DEVICE_STATE),
         done=_OK,
         refusal=_STATUS,
-        unserved=_NOT_OFFERED,
     )
     yield Row(code=F.GET_SHMEM_CONFIG, reply=(ShmemConfig,), gate=_negotiated(P.SHMEM), unserved=_NOT_OFFERED)
     yield Row(

@@ -140,7 +140,7 @@ class Channel:
             try:
                 sent = self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
             except BlockingIOError:
-                await _writable(self._sock)
+                await writable(self._sock)
             except OSError as error:
                 if error.errno != errno.ENOTCONN:  # it was hung up on before it was ever accepted
                     raise
@@ -193,15 +193,16 @@ async def readable(source: int | socket.socket) -> None:
             loop.remove_reader(source)
 
 
-async def _writable(sock: socket.socket) -> None:
+async def writable(source: int | socket.socket) -> None:
+    """Waits until a descriptor or socket has room for more; stops watching it before it returns."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
-    loop.add_writer(sock, ready.set)
+    loop.add_writer(source, ready.set)
     try:
         await ready.wait()
     finally:
-        if sock.fileno() >= 0:
-            loop.remove_writer(sock)
+        if isinstance(source, int) or source.fileno() >= 0:
+            loop.remove_writer(source)
 
 
 def _owned(ancillary: list[tuple[int, int, bytes]], flags: int) -> Fds:

@@ -33,6 +33,7 @@ from vhostuser.protocol import (
     U64,
     BackendSession,
     Config,
+    DeviceStateTransfer,
     Effect,
     Empty,
     FrontendRequest,
@@ -57,6 +58,7 @@ from vhostuser.protocol import Postcopy as PostcopyState
 from vhostuser.record import MemoryRecord
 from vhostuser.regions import Regions
 from vhostuser.ring import Ring
+from vhostuser.transfer import StateTransfer
 from vhostuser.virtqueue import InflightRegion
 from vhostuser.watch import MessageWatch
 
@@ -108,6 +110,7 @@ class Connection:
         self._sending = False
         self._announcements = Announcements(name, self._session)
         device.announce += (self._announcements.config_changed,)
+        self._transfer = StateTransfer(device, lambda: self._session.suspended)
 
     # ---- the life of the connection
 
@@ -214,6 +217,7 @@ class Connection:
         """
         await self._channel.lost.wait()
         self._regions.revoke()
+        self._transfer.end()
         await asyncio.sleep(_GRACE)
         self._life.abandon()
         await asyncio.sleep(_PATIENCE - _GRACE)
@@ -223,6 +227,7 @@ class Connection:
         ours = self._announcements.config_changed
         self.device.announce = tuple(each for each in self.device.announce if each != ours)
         self._regions.revoke()
+        self._transfer.end()
         loop = asyncio.get_running_loop()
         giving_up = [loop.call_later(_GRACE, self._life.abandon), loop.call_later(_PATIENCE, self._life.leave_behind)]
         await self._life.close()
@@ -231,6 +236,14 @@ class Connection:
         self._regions.close()
         self._announcements.close()
         self._channel.close()
+
+    # ---- the device's own state
+
+    async def _set_device_state_fd(self, request: Request) -> None:
+        self._transfer.begin(payload_of(request, DeviceStateTransfer), fds_of(request)[0])
+
+    async def _check_device_state(self, request: Request) -> None:
+        await self._transfer.check()
 
     # ---- features and configuration space
 
@@ -477,5 +490,7 @@ HANDLERS: dict[int, Callable[[Connection, Request], Awaitable[Reply | None]]] = 
     FrontendRequest.SET_INFLIGHT_FD: Connection._set_inflight_fd,
     FrontendRequest.ADD_MEM_REG: Connection._add_mem_reg,
     FrontendRequest.REM_MEM_REG: Connection._rem_mem_reg,
+    FrontendRequest.SET_DEVICE_STATE_FD: Connection._set_device_state_fd,
+    FrontendRequest.CHECK_DEVICE_STATE: Connection._check_device_state,
 }
 """What the runtime adds to what the session does by itself."""

@@ -72,7 +72,11 @@ class Device:
     """What the device counts beside what the runtime does for every queue; ``measure`` has the numbers."""
 
     protocol_features: int = 0
-    """Protocol feature bits of the device type: RARP with ``announce_guest``, MTU with ``set_mtu``."""
+    """Protocol feature bits of the device type: RARP with ``announce_guest``, MTU with ``set_mtu``, DEVICE_STATE with
+    ``save_state`` and ``load_state``."""
+
+    state_limit: int = 16 << 20
+    """The most bytes that ``load_state`` is given."""
 
     mem_slots: int = 509
     """The largest answer to GET_MAX_MEM_SLOTS; 0: memory comes as whole tables only."""
@@ -117,6 +121,22 @@ class Device:
         Control thread; must not block. Raises RequestRefused.
         """
         raise RequestRefused("the device has no network")
+
+    def save_state(self) -> bytes:
+        """What the driver could notice if it were lost, for a device of the same kind on another host (DEVICE_STATE).
+
+        Called on the control thread while every ring is stopped; must not block. Rings and configuration space are
+        carried by the front-end. Raises RequestRefused; the device may be started again afterwards, if migration fails.
+        """
+        raise RequestRefused("the device has no state")
+
+    def load_state(self, state: bytes) -> None:
+        """Goes on as the device that ``save_state`` described, at most ``state_limit`` bytes from an untrusted source.
+
+        Called on the control thread before any ring starts; must not block. Raises RequestRefused or ValueError for
+        what is no state of such a device, and is then as it was before.
+        """
+        raise RequestRefused("the device has no state")
 
     async def start(self, features: int) -> None:
         """The first ring is about to start; ``features`` are the negotiated virtio bits. May block.

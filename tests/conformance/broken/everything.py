@@ -5,28 +5,24 @@ What belongs here: what our disk leaves to others, done in the plainest way that
 
 from __future__ import annotations
 
-import asyncio
 import os
 from dataclasses import replace
 from typing import Any
 
 from tests.conformance.broken.registry import FAULTS, F, Fault
 from vhostuser import connection
-from vhostuser.channel import readable
 from vhostuser.connection import HANDLERS, Connection
+from vhostuser.device import Device
 from vhostuser.protocol import (
     FRONTEND,
     U64,
     CryptoSession,
-    DeviceStateReply,
-    DeviceStateTransfer,
     Empty,
     ProtocolFeature,
     Reply,
     Request,
     RequestRefused,
     ShmemConfig,
-    TransferDirection,
     VirtioFeature,
 )
 
@@ -48,6 +44,8 @@ def offer_everything() -> None:
         if row.unserved and row.gate.features:
             FRONTEND[code] = replace(row, unserved="")  # type: ignore[index]
     HANDLERS.update(_ANSWERS)
+    Device.save_state = lambda _: STATE  # type: ignore[method-assign]
+    Device.load_state = _load_state  # type: ignore[method-assign]
 
 
 async def _done(_: Connection, __: Request) -> None:
@@ -75,35 +73,8 @@ async def _get_shmem_config(_: Connection, __: Request) -> Reply:
     return Reply(ShmemConfig(0, (0,) * 256))
 
 
-async def _set_device_state_fd(connection: Connection, request: Request) -> Reply:
-    assert isinstance(request.payload, DeviceStateTransfer)
-    fd: int = request.fds.take()  # type: ignore[attr-defined]
-    saves = request.payload.direction == TransferDirection.SAVE
-    connection.moving = asyncio.ensure_future((_save if saves else _load)(fd))  # type: ignore[attr-defined]
-    return Reply(DeviceStateReply())
-
-
-async def _save(fd: int) -> bytes:
-    os.write(fd, STATE)
-    os.close(fd)
-    return STATE
-
-
-async def _load(fd: int) -> bytes:
-    loaded = b""
-    try:
-        while True:
-            await readable(fd)
-            if not (piece := os.read(fd, 4096)):
-                return loaded
-            loaded += piece
-    finally:
-        os.close(fd)
-
-
-async def _check_device_state(connection: Connection, _: Request) -> None:
-    moving: asyncio.Future[bytes] | None = vars(connection).pop("moving", None)
-    if moving is not None and await moving != STATE:
+def _load_state(_: Device, state: bytes) -> None:
+    if state != STATE:
         raise RequestRefused("a part of the state")
 
 
@@ -115,8 +86,6 @@ _ANSWERS: dict[int, Any] = {
     F.GET_STATUS: _get_status,
     F.GET_SHARED_OBJECT: _get_shared_object,
     F.GET_SHMEM_CONFIG: _get_shmem_config,
-    F.SET_DEVICE_STATE_FD: _set_device_state_fd,
-    F.CHECK_DEVICE_STATE: _check_device_state,
 }
 
 FAULTS["offers_everything"] = Fault(offer_everything, ())

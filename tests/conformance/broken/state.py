@@ -82,7 +82,7 @@ def waits_for_a_transfer_to_check() -> None:
     offer_everything()
 
     async def check(connection: Connection, request: Any, right: Any) -> None:
-        if not hasattr(connection, "moving"):
+        if connection._transfer._failure is None:
             await asyncio.Event().wait()
         await right(connection, request)
 
