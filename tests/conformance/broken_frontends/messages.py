@@ -75,8 +75,9 @@ def with_file(header: Header, body: bytes, _: Sequence[int]) -> tuple[Header, by
 
 _ASKS = [code for code in about("size") if FRONTEND[code].reply]
 _OF_RINGS = [code for code in about("size") if "VRING" in code.name and code not in _ASKS]
-_OTHERS = [code for code in about("size") if code not in (*_ASKS, *_OF_RINGS)]
-for _codes, _name in ((_ASKS, "questions"), (_OF_RINGS, "rings"), (_OTHERS, "others")):
+_OF_MEMORY = [F.SET_MEM_TABLE, F.ADD_MEM_REG, F.REM_MEM_REG, F.SET_LOG_BASE, F.SET_INFLIGHT_FD]
+_OTHERS = [code for code in about("size") if code not in (*_ASKS, *_OF_RINGS, *_OF_MEMORY)]
+for _codes, _name in ((_ASKS, "questions"), (_OF_RINGS, "rings"), (_OF_MEMORY, "memory"), (_OTHERS, "others")):
     echo(_codes, longer, *named("size", _codes), name=f"longer_{_name}")
 
 _WITH = [code for code in about("fds") if code is not F.REM_MEM_REG]
