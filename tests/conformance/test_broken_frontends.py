@@ -1,32 +1,31 @@
 """The suite for front-ends finds every fault, and every case of it can fail.
 
-Set ``VHOSTUSER_BROKEN=all`` to try the whole suite on each, as must be done when a fault is added: none may fail more
-than fifteen cases, or it would prove little about any of them.
+Try the whole suite on a fault that is added: ``VHOSTUSER_BROKEN=all`` with its name behind -k (see ``turns``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 
 import pytest
 
 from tests.conformance.broken_frontends import FAULTS
 from tests.conformance.frontends import in_memory
 from tests.conformance.test_frontends import try_on
+from tests.conformance.turns import MOST, whole
 from vhostuser.conformance.frontend_cases import CASES
 from vhostuser.conformance.suite import Verdict
 
 pytestmark = pytest.mark.timeout(600)
 
-ALL = os.environ.get("VHOSTUSER_BROKEN") == "all"
-TOGETHER, MOST = 16, 15
+WHOLE = whole(FAULTS)
+TOGETHER = 16
 
 
 async def failures(name: str, turn: asyncio.Semaphore) -> list[str]:
     fault = FAULTS[name]
     async with turn:
-        cases = [case for case in CASES if ALL or case.id in fault.fails]
+        cases = [case for case in CASES if name in WHOLE or case.id in fault.fails]
         results = await try_on(in_memory(fault.make), cases, patience=fault.patience)
     errors = [f"{result.case.id}: {result.reason}" for result in results if result.verdict is Verdict.ERROR]
     assert not errors, f"{name}: {errors}"
