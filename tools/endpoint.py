@@ -53,21 +53,34 @@ class Endpoint:
             self.file.remove()
 
 
+def name_of(fd: int) -> str:
+    """What names an inherited socket, whatever it turns out to be: its path if it listens on one."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            bound = sock.getsockname()
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        bound = listens = None
+    return bound if listens and bound and isinstance(bound, str) else _number(fd)  # an abstract one is bytes
+
+
+def _number(fd: int) -> str:
+    return f"fd {fd}"
+
+
 def inherited(fd: int) -> Endpoint:
     """A socket that was given to us, of whichever kind: programs disagree on which one ``--fd`` means.
 
     Raises EndpointError.
     """
-    name = f"fd {fd}"
+    name = name_of(fd)
     try:
         sock = socket.socket(fileno=fd)
         os.set_inheritable(fd, False)
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             raise EndpointError(f"{name}: not a Unix stream socket")
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            bound = sock.getsockname()
-            path = bound if isinstance(bound, str) else ""  # an abstract one is bytes
-            return Endpoint(path or name, path, sock, listening=True)
+            return Endpoint(name, "" if name == _number(fd) else name, sock, listening=True)
         sock.getpeername()
     except OSError as error:
         known = {errno.ENOTSOCK: "not a socket", errno.ENOTCONN: "a socket that is neither listening nor connected"}

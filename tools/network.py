@@ -1,33 +1,35 @@
 """The program behind ``vhostuser-net``: serves a network interface to a virtual machine.
 
-What belongs here: the options of the interface and of its end. What does not: those that every back-end program has
+What belongs here: the options of the interfaces and of their ends. What does not: those that every back-end program has
 (``service``), what an end is (``vhostuser.devices.ends``).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from vhostuser.devices.capture import SNAP_LEAST, SNAP_MOST, Capture
-from vhostuser.devices.ends import End, EndError, Sink, Source, Tap, loopback
+from vhostuser.devices.ends import AGEING, End, EndError, Hub, Sink, Source, Tap, loopback
 from vhostuser.devices.net import MTU_LEAST, MTU_MOST, POLL_US, Net, NetSettings, local_mac
 from vhostuser.devices.sockets import Stream
 from vhostuser.tools import service
 from vhostuser.tools.endpoint import LONGEST_PATH, EndpointError, SocketFile
 from vhostuser.tools.manager import MOST_FDS
-from vhostuser.tools.service import Failure, Parser, number
+from vhostuser.tools.service import Failure, Misuse, Parser, number
 
 _MOST_PAIRS = 128
+_OLDEST_STATION = 1_000_000  # seconds; IEEE 802.1D, table 7-5
 _LONGEST_NAME = 15  # IFNAMSIZ, without its terminating zero
 
 
 def serve(program: str, arguments: Sequence[str]) -> NoReturn:
     """Runs until a signal or the last front-end ends it; ends the process."""
-    service.serve(_parser(program), arguments, _interface, Net.attend)
+    service.serve_ports(_parser(program), arguments, _interfaces, Net.attend)
 
 
 def _parser(program: str) -> Parser:
@@ -38,9 +40,16 @@ def _parser(program: str) -> Parser:
         type=_end,
         required=True,
         help="where frames go: tap:NAME, tap:fd=N[,N...], stream:PATH, stream:listen=PATH, "
-        "loopback, sink, source[:BYTES]",
+        "loopback, sink, source[:BYTES]; between several sockets: peer, switch[:AGEING]",
     )
-    parser.add_argument("--mac", metavar="ADDRESS", type=_mac, default=None, help="default: a random one")
+    parser.add_argument(
+        "--mac",
+        metavar="ADDRESS",
+        type=_mac,
+        action="append",
+        default=[],
+        help="of several sockets in their order; default: random ones",
+    )
     parser.add_argument("--mtu", metavar="BYTES", type=number(MTU_LEAST, MTU_MOST), default=1500, help="default 1500")
     parser.add_argument("--queue-pairs", metavar="N", type=number(1, _MOST_PAIRS), default=1, help="default 1")
     parser.add_argument(
@@ -66,35 +75,70 @@ def _parser(program: str) -> Parser:
     return parser
 
 
-def _interface(options: argparse.Namespace) -> Net:
-    settings = NetSettings(
-        mac=options.mac or local_mac(),
-        mtu=options.mtu,
-        queue_size=options.queue_size,
-        speed=options.speed,
-        poll_us=options.poll_us,
-    )
+def _interfaces(options: argparse.Namespace, sockets: Sequence[str]) -> list[Net]:
+    if len(options.mac) > len(sockets) or len(set(options.mac)) < len(options.mac):
+        raise Misuse(f"--mac is for one interface each: {len(options.mac)} of them for {len(sockets)}, all different")
     try:
-        end = options.end(options)
+        ends = options.end(options, sockets)
         if options.pcap is not None:
-            end = Capture(options.pcap, [options.socket_path or "port"], snap=options.pcap_snaplen).end(end, 0)
-        return Net(end, settings)
+            capture = Capture(options.pcap, sockets, snap=options.pcap_snaplen)
+            ends = [capture.end(end, port) for port, end in enumerate(ends)]
     except (EndError, EndpointError) as error:
         raise Failure(str(error)) from None
+    macs = itertools.chain(options.mac, iter(local_mac, None))
+    return [Net(end, _settings(options, mac)) for end, mac in zip(ends, macs, strict=False)]
+
+
+def _settings(options: argparse.Namespace, mac: bytes) -> NetSettings:
+    return NetSettings(
+        mac=mac, mtu=options.mtu, queue_size=options.queue_size, speed=options.speed, poll_us=options.poll_us
+    )
 
 
 # ---- values
 
-
 MakeEnd = Callable[[argparse.Namespace], End]
 """Makes an end as the other options say. Raises EndError, EndpointError."""
+MakeEnds = Callable[[argparse.Namespace, Sequence[str]], Sequence[End]]
+"""The same for each of these sockets. Raises Misuse where their number is wrong."""
 
 
-def _end(text: str) -> MakeEnd:
+def _end(text: str) -> MakeEnds:
     kind, _, what = text.partition(":")
+    if kind in _HUBS:
+        return _HUBS[kind](what)
     if kind not in _KINDS:
-        raise argparse.ArgumentTypeError(f"there is no kind of end {kind!r}, only {', '.join(_KINDS)}")
-    return _KINDS[kind](what)
+        raise argparse.ArgumentTypeError(f"there is no kind of end {kind!r}, only {', '.join([*_KINDS, *_HUBS])}")
+    return _alone(kind, _KINDS[kind](what))
+
+
+def _alone(kind: str, make: MakeEnd) -> MakeEnds:
+    def ends(options: argparse.Namespace, sockets: Sequence[str]) -> Sequence[End]:
+        if len(sockets) != 1:
+            raise Misuse(f"--end={kind} is for one socket, not for {len(sockets)}; between several: {', '.join(_HUBS)}")
+        return [make(options)]
+
+    return ends
+
+
+def _peer(what: str) -> MakeEnds:
+    def ends(options: argparse.Namespace, sockets: Sequence[str]) -> Sequence[End]:
+        if len(sockets) != 2:
+            raise Misuse(f"--end=peer joins two sockets, not {len(sockets)}: give --socket-path twice")
+        return Hub(2, options.queue_pairs, names=sockets).ports
+
+    if what:
+        raise argparse.ArgumentTypeError(f"this kind of end takes nothing behind it, not {what!r}")
+    return ends
+
+
+def _switch(what: str) -> MakeEnds:
+    ageing = number(0, _OLDEST_STATION)(what) if what else AGEING
+
+    def ends(options: argparse.Namespace, sockets: Sequence[str]) -> Sequence[End]:
+        return Hub(len(sockets), options.queue_pairs, learn=True, ageing=ageing, names=sockets).ports
+
+    return ends
 
 
 def _tap(what: str) -> MakeEnd:
@@ -161,6 +205,7 @@ _KINDS: Final[dict[str, Callable[[str], MakeEnd]]] = {
     "sink": _plain(Sink),
     "source": _source,
 }
+_HUBS: Final[dict[str, Callable[[str], MakeEnds]]] = {"peer": _peer, "switch": _switch}
 
 
 def _mac(text: str) -> bytes:

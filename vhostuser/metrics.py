@@ -8,9 +8,10 @@ No I/O and no state: nothing is counted here.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -118,6 +119,17 @@ def _together(one: Sample, other: Sample) -> Sample:
     if one.metric.highest:
         return one._replace(value=max(one.value, other.value))
     return one._replace(value=one.value + other.value)
+
+
+def labelled(samples: Iterable[Sample], name: str, value: str) -> Iterator[Sample]:
+    """The same samples with one label more, which says from which of several sources they come."""
+    for metric, labels, number in samples:
+        yield Sample(_with_label(metric, name), (*labels, value), number)
+
+
+@functools.cache
+def _with_label(metric: Metric, name: str) -> Metric:
+    return replace(metric, labels=(*metric.labels, name))
 
 
 def kept(samples: Iterable[Sample]) -> list[Sample]:

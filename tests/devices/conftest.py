@@ -1,7 +1,8 @@
 """Guest memory, a split ring written by hand, and the block engine run over it: no thread, no socket, no driver code.
 
 The ring is written here byte by byte so that a test can put anything into it, and so that a mistake in the project's
-own driver side cannot hide one in the device side.
+own driver side cannot hide one in the device side. Network interfaces are driven through a real connection instead
+(``interface``).
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import os
 import select
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.devices.interface import Connected, Interface
 from vhostuser._native import ffi, lib
+from vhostuser.devices.ends import End
+from vhostuser.devices.net import NetSettings
 
 GUEST = 1 << 32
 # Where the parts of the ring are, with room for 4096 entries.
@@ -336,3 +340,17 @@ class Served:
 def served(disks: Disks) -> type[Served]:
     """To put a disk's engine on a thread."""
     return Served
+
+
+@pytest.fixture
+async def connected() -> AsyncIterator[Connected]:
+    made: list[Interface] = []
+
+    async def make(end: End, settings: NetSettings | None = None, **options: object) -> Interface:
+        driver = {name: options.pop(name) for name in ("features", "slots", "slot_bytes") if name in options}
+        made.append(Interface(end, settings, **driver))  # type: ignore[arg-type]
+        return await made[-1].start(**options)  # type: ignore[arg-type]
+
+    yield make
+    for interface in made:
+        await interface.close()

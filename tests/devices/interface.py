@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from vhostuser.devices.ends import End
 from vhostuser.devices.net import DROPPED, Net, NetSettings
@@ -15,8 +15,9 @@ from vhostuser.testing.pair import MIB, Pair, connect
 
 MAC = bytes.fromhex("525400123456")
 EVERYBODY = b"\xff" * 6
-# Where rings end and the buffers of the two directions begin, in guest memory.
+# Where rings end and the buffers of the two directions begin, in guest memory; those of a second pair are in between.
 RECEIVED, SENT, SCRATCH = MIB, 2 * MIB, 3 * MIB
+SECOND_RECEIVED, SECOND_SENT = MIB // 2, 3 * MIB // 4
 
 
 def bit(*features: int) -> int:
@@ -41,7 +42,63 @@ class Watched(Net):
         self._loop.call_soon_threadsafe(self.started.set)
 
 
-class Interface:
+class Driver:
+    """A guest's driver of one pair of queues: ring ``first`` receives, the one behind it transmits."""
+
+    pair: Pair
+
+    def drive(self, first: int, received: int, sent: int, **slots: int) -> None:
+        """Opens it, with buffers at these guest addresses."""
+        features = self.pair.frontend.session.features
+        rings = self.pair.rings
+        self._first = first
+        self.receiver = FrameReceiver(rings[first].queue, received, features=features, **slots)
+        self.sender = FrameSender(rings[first + 1].queue, sent, features=features, **slots)
+
+    def post(self) -> None:
+        """Offers every free receive buffer."""
+        self.receiver.post()
+        self.publish(self._first)
+
+    def publish(self, index: int) -> None:
+        if self.pair.rings[index].queue.publish():
+            self.pair.rings[index].kick()
+
+    def send(self, *frames: bytes) -> None:
+        assert self.sender.send(frames) == len(frames)
+        self.publish(self._first + 1)
+
+    async def sent(self, count: int) -> None:
+        """Waits until the buffers of so many frames have come back."""
+        while (count := count - self.sender.collect()) > 0:
+            await self.called(self._first + 1)
+
+    async def receive(self, count: int) -> list[tuple[NetHeader, bytes]]:
+        """The next frames, with what stood in front of them; buffers are offered again at once."""
+        frames: list[tuple[NetHeader, bytes]] = []
+        while len(frames) < count:
+            frames += self.receiver.receive()
+            self.post()
+            if len(frames) < count:
+                await self.called(self._first)
+        return frames
+
+    async def called(self, index: int) -> None:
+        ring = self.pair.rings[index]
+        if not ring.queue.arm():
+            await asyncio.wait_for(ring.called(), 10)
+
+
+class SecondPair(Driver):
+    """Of an interface that was started with four rings."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.drive(2, SECOND_RECEIVED, SECOND_SENT, slots=32)
+        self.post()
+
+
+class Interface(Driver):
     """A network device, the connection to it, and a driver of its first pair: ring 0 receives, ring 1 transmits."""
 
     def __init__(
@@ -63,10 +120,8 @@ class Interface:
         self, *, rings: int = 2, enable: bool = True, memory: SharedMemory | None = None, post: bool = True
     ) -> Interface:
         await self.pair.set_up(rings=rings, features=self._features, enable=enable, memory=memory)
-        features = self.pair.frontend.session.features
-        self.receiver = FrameReceiver(self.pair.rings[0].queue, RECEIVED, features=features, **self._slots)
-        self.sender = FrameSender(self.pair.rings[1].queue, SENT, features=features, **self._slots)
-        self.header = NetHeader.size(features)
+        self.drive(0, RECEIVED, SENT, **self._slots)
+        self.header = NetHeader.size(self.pair.frontend.session.features)
         if post:
             self.post()
             await self.running()
@@ -78,43 +133,10 @@ class Interface:
         await asyncio.wait_for(self.device.started.wait(), 10)
         self.device.started.clear()
 
-    def post(self) -> None:
-        """Offers every free receive buffer."""
-        self.receiver.post()
-        self.publish(0)
-
-    def publish(self, index: int) -> None:
-        if self.pair.rings[index].queue.publish():
-            self.pair.rings[index].kick()
-
     def kick(self) -> None:
         """Both rings, whether the device wants it or not: what makes them start."""
         for ring in self.pair.rings:
             ring.kick()
-
-    def send(self, *frames: bytes) -> None:
-        assert self.sender.send(frames) == len(frames)
-        self.publish(1)
-
-    async def sent(self, count: int) -> None:
-        """Waits until the buffers of so many frames have come back."""
-        while (count := count - self.sender.collect()) > 0:
-            await self.called(1)
-
-    async def receive(self, count: int) -> list[tuple[NetHeader, bytes]]:
-        """The next frames, with what stood in front of them; buffers are offered again at once."""
-        frames: list[tuple[NetHeader, bytes]] = []
-        while len(frames) < count:
-            frames += self.receiver.receive()
-            self.post()
-            if len(frames) < count:
-                await self.called(0)
-        return frames
-
-    async def called(self, index: int) -> None:
-        ring = self.pair.rings[index]
-        if not ring.queue.arm():
-            await asyncio.wait_for(ring.called(), 10)
 
     def put(self, data: bytes) -> int:
         """The guest address of ``data``."""
@@ -147,3 +169,7 @@ class Interface:
 
     async def close(self) -> None:
         await self.pair.close()
+
+
+Connected = Callable[..., Awaitable[Interface]]
+"""Makes a started interface in front of an end, which is closed at the end of the test: the fixture ``connected``."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from tests.devices.interface import MAC, RECEIVED, Interface, bit, frame
-from vhostuser.devices.ends import TSO, End, Hub, NetFeature, Sink, Source, loopback
+from tests.devices.interface import MAC, RECEIVED, Connected, bit, frame
+from vhostuser.devices.ends import TSO, Hub, NetFeature, Sink, Source, loopback
 from vhostuser.devices.net import BYTES, FRAMES, USELESS, Net, NetSettings
 from vhostuser.drivers.net import MRG_RXBUF, NetHeader
 from vhostuser.frontend import DRIVABLE, SharedLog
@@ -26,24 +25,6 @@ HEADERS = pytest.mark.parametrize(
     [DRIVABLE, PLAIN, LEGACY, LEGACY & ~bit(MRG_RXBUF), PACKED],
     ids=["merged", "plain", "old-merged", "old-plain", "packed"],
 )
-
-Connected = Callable[..., Awaitable[Interface]]
-
-
-@pytest.fixture
-async def connected() -> AsyncIterator[Connected]:
-    """Makes started interfaces in front of an end, which are closed at the end of the test."""
-    made: list[Interface] = []
-
-    async def make(end: End, settings: NetSettings | None = None, **options: object) -> Interface:
-        driver = {name: options.pop(name) for name in ("features", "slots", "slot_bytes") if name in options}
-        made.append(Interface(end, settings, **driver))  # type: ignore[arg-type]
-        return await made[-1].start(**options)  # type: ignore[arg-type]
-
-    yield make
-    for interface in made:
-        await interface.close()
-
 
 # ---- frames
 

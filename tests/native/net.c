@@ -135,7 +135,7 @@ static void exchange(int stop)
     int error;
     uint32_t sent = 0, posted = 0;
     vu_chain *chains[RING];
-    vu_hub *hub = vu_hub_new(2, 1, below(2) ? VU_HUB_LEARN : 0, &error);
+    vu_hub *hub = vu_hub_new(2, 1, below(2) ? VU_HUB_LEARN : 0, (uint32_t)below(2), &error);
     CHECK(hub);
     vu_net *from = vu_net_new(&(struct vu_net_config){vu_hub_port(hub, 0), features, 1, 0}, &error);
     vu_net *to = vu_net_new(&(struct vu_net_config){vu_hub_port(hub, 1), some_features(), 1, 0}, &error);
@@ -255,7 +255,6 @@ enum { SENDERS = 3, FRAMES = 20000 };
 
 struct sender {
     struct vu_mailbox *box;
-    vu_map *map;
     uint32_t number;
     uint64_t seed;
 };
@@ -280,9 +279,8 @@ static void *send_all(void *of)
         uint32_t length = 8 + 4 * (uint32_t)(dice >> 33) % 500 / 4 * 4;
         for (uint32_t i = 0; i < length / 4; i++)
             words[i] = i == 0 ? sender->number : n;
-        vu_segment segment = {(uint8_t *)words, length, 0};
-        struct vu_packet packet = {.drop = VU_DROP_NONE, .count = 1, .length = length, .segments = &segment};
-        vu_mailbox_put(sender->box, sender->map, &packet, 1);
+        struct vu_frame frame = {.bytes = (uint8_t *)words, .length = length};
+        CHECK(vu_mailbox_put(sender->box, &frame, 1));
         n++;
     }
     return NULL;
@@ -323,38 +321,44 @@ static void receive_all(struct vu_mailbox *box)
 #endif
 
 /* While a sender is kept from its guest's memory, by a page that is not there, others send and the receiver receives. */
-static struct vu_mailbox slow_box;
+static vu_hub *slow_hub;
 static uint8_t *slow_page;
+
+static void receive_one(uint8_t first)
+{
+    vu_end *port = vu_hub_port(slow_hub, 1);
+    struct vu_frame found[2];
+    CHECK(port->kind->look(port, 0, found, 2) == 1 && found[0].length == 100 && found[0].bytes[6] == first);
+    port->kind->take(port, 0, 1);
+}
 
 static void meanwhile(int number, siginfo_t *info, void *context)
 {
-    static const uint8_t frame[60] = {1};
-    struct vu_frame found[2];
+    static const uint8_t frame[100] = {[6] = 2};
     (void)context;
     if (info->si_addr != slow_page) {
         signal(number, SIG_DFL);
         return;
     }
-    CHECK(vu_mailbox_put_own(&slow_box, frame, sizeof frame));
-    CHECK(vu_mailbox_look(&slow_box, found, 2) == 1 && found[0].length == sizeof frame && found[0].bytes[0] == 1);
-    vu_mailbox_take(&slow_box, 1);
+    CHECK(vu_end_inject(vu_hub_port(slow_hub, 2), frame, sizeof frame));
+    receive_one(2);
     CHECK(mprotect(slow_page, 4096, PROT_READ) == 0);
 }
 
 static void kept_sender(void)
 {
     struct sigaction action = {.sa_sigaction = meanwhile, .sa_flags = SA_SIGINFO};
-    struct vu_frame found[2];
     int error;
     slow_page = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(slow_page != MAP_FAILED && sigaction(SIGSEGV, &action, NULL) == 0);
     vu_map *map = vu_map_new(NULL, 0, &error); /* puts the guard's handler on top */
-    CHECK(map && vu_mailbox_open(&slow_box) == 0);
+    CHECK(map && (slow_hub = vu_hub_new(3, 1, VU_HUB_LEARN, 300, &error)));
     vu_segment segment = {slow_page, 100, 0};
-    struct vu_packet packet = {.drop = VU_DROP_NONE, .count = 1, .length = 100, .segments = &segment};
-    vu_mailbox_put(&slow_box, map, &packet, 1);
-    CHECK(vu_mailbox_look(&slow_box, found, 2) == 1 && found[0].length == 100);
-    vu_mailbox_close(&slow_box);
+    struct vu_packet packet = {.ether = {[6] = 4}, .drop = VU_DROP_NONE, .count = 1, .length = 100, .segments = &segment};
+    vu_end *from = vu_hub_port(slow_hub, 0);
+    CHECK(from->kind->send(from, 0, map, &packet, 1) == 1 && packet.drop == VU_DROP_NONE);
+    receive_one(4);
+    vu_hub_free(slow_hub);
     vu_map_put(map);
     munmap(slow_page, 4096);
 }
@@ -364,18 +368,15 @@ static void crowd(void)
     static struct vu_mailbox box;
     struct sender senders[SENDERS];
     pthread_t threads[SENDERS];
-    int error;
-    vu_map *map = vu_map_new(NULL, 0, &error);
-    CHECK(map && vu_mailbox_open(&box) == 0);
+    CHECK(vu_mailbox_open(&box) == 0);
     for (uint32_t i = 0; i < SENDERS; i++) {
-        senders[i] = (struct sender){&box, map, i, any()};
+        senders[i] = (struct sender){&box, i, any()};
         CHECK(pthread_create(&threads[i], NULL, send_all, &senders[i]) == 0);
     }
     receive_all(&box);
     for (uint32_t i = 0; i < SENDERS; i++)
         pthread_join(threads[i], NULL);
     vu_mailbox_close(&box);
-    vu_map_put(map);
 }
 
 int main(int argc, char **argv)

@@ -110,6 +110,12 @@ class Captured(End):
         finally:
             self._capture.close()
 
+    def stop(self) -> None:
+        self._inner.stop()
+
+    def state(self) -> dict[str, object]:
+        return self._inner.state()
+
     def measure(self) -> Iterator[Sample]:
         yield LOST.sample(self._capture.lost(self._port))
         yield from self._inner.measure()

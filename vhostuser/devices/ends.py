@@ -97,6 +97,10 @@ class End:
         if lib.vu_end_accept(self.native, features) < 0:
             raise EndError(f"{self}: {os.strerror(ffi.errno)}")
 
+    def stop(self) -> None:
+        """The device has stopped: what is there for it, and who was behind it, is forgotten."""
+        lib.vu_end_flush(self.native)
+
     def inject(self, frame: bytes) -> bool:
         """Sends a frame of our own, as if the guest had; False if it was not taken. Never blocks."""
         return bool(lib.vu_end_inject(self.native, frame, len(frame)))
@@ -140,17 +144,36 @@ class Source(Sink):
         super().__init__(pairs, header + bytes(i % 251 for i in range(size - len(header))))
 
 
+AGEING: Final = 300
+"""Seconds after which a switch forgets a station that is silent (IEEE 802.1D, table 7-5)."""
+
+
 class Hub:
     """Ports between which frames go, in this process. Each port is the end of one device."""
 
-    def __init__(self, ports: int, pairs: int, *, learn: bool = False, reflect: bool = False) -> None:
+    def __init__(
+        self,
+        ports: int,
+        pairs: int,
+        *,
+        learn: bool = False,
+        reflect: bool = False,
+        ageing: int = AGEING,
+        names: Sequence[str] = (),
+    ) -> None:
         """Frames go to every other port; with ``learn`` to where their station was heard, as in a bridge; with
-        ``reflect`` back to where they came from. Raises EndError."""
+        ``reflect`` back to where they came from. ``names`` are those of the ports, for the log. Raises EndError."""
         error = ffi.new("int *")
         flags = learn * lib.VU_HUB_LEARN | reflect * lib.VU_HUB_REFLECT
         kind = "loopback" if reflect else "switch" if learn else "peer"
-        self.native = ffi.gc(made(lib.vu_hub_new(ports, pairs, flags, error), error, kind), lib.vu_hub_free)
-        self.ports = [Port(self, number, pairs, kind) for number in range(ports)]
+        hub = lib.vu_hub_new(ports, pairs, flags, ageing, error)
+        self.native = ffi.gc(made(hub, error, kind), lib.vu_hub_free)
+        titles = [f"{name}: {kind}" for name in names] or [kind] * ports
+        self.ports = [Port(self, number, pairs, titles[number]) for number in range(ports)]
+
+    def stations(self, port: int) -> int:
+        """How many stations a switch knows behind a port."""
+        return lib.vu_hub_stations(self.native, port)
 
 
 class Port(End):
@@ -158,9 +181,9 @@ class Port(End):
 
     offloads = TSO | USO
 
-    def __init__(self, hub: Hub, number: int, pairs: int, kind: str) -> None:
+    def __init__(self, hub: Hub, number: int, pairs: int, name: str) -> None:
         self._hub = hub.native  # alive as long as any of its ports
-        self._name = kind
+        self._name = name
         self.pairs = pairs
         self.native = lib.vu_hub_port(hub.native, number)
 

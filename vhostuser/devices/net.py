@@ -190,6 +190,7 @@ class Net(Device):
         self._counted = self._counted[0], NetEngine(self._end, features, self._settings.poll_us)
 
     async def stop(self) -> None:
+        self._end.stop()
         self._counted = self._counters(), None
 
     def engine(self) -> NetEngine | None:

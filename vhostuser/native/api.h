@@ -589,12 +589,26 @@ vu_end *vu_capture_end(vu_capture *capture, vu_end *inner, uint32_t interface, i
 int vu_capture_write(vu_capture *capture, int fd, int stop);
 uint64_t vu_capture_lost(const vu_capture *capture, uint32_t interface); /* frames that are not in the file */
 
+/* Who is behind which port (stations.c). From any number of threads at once. Times are in seconds, of one clock. */
+typedef struct vu_stations vu_stations;
+
+#define VU_STATIONS 4096 /* what the table holds; each port at most half of it */
+/* ageing: seconds after which a silent station is forgotten; 0: at once. */
+vu_stations *vu_stations_new(uint32_t ageing, int *error);
+void vu_stations_free(vu_stations *stations);
+/* The station with this address of 6 bytes, which is not 0 and of no group, was heard behind `port`. */
+void vu_stations_learn(vu_stations *stations, const uint8_t *address, uint32_t port, uint32_t now);
+int vu_stations_find(const vu_stations *stations, const uint8_t *address, uint32_t now); /* its port; -1: unknown */
+void vu_stations_forget(vu_stations *stations, uint32_t port);
+uint32_t vu_stations_count(const vu_stations *stations, uint32_t port, uint32_t now);
+
 #define VU_HUB_LEARN 1   /* a bridge that learns who is where; else every frame goes to every other port */
 #define VU_HUB_REFLECT 2 /* frames go back to where they came from, and nowhere else */
-/* Ports between which frames go, through memory of ours. */
-vu_hub *vu_hub_new(uint32_t ports, uint32_t pairs, uint32_t flags, int *error);
+/* Ports between which frames go, through memory of ours. ageing: seconds, of a bridge. */
+vu_hub *vu_hub_new(uint32_t ports, uint32_t pairs, uint32_t flags, uint32_t ageing, int *error);
 void vu_hub_free(vu_hub *hub);
-vu_end *vu_hub_port(vu_hub *hub, uint32_t port); /* the hub's: not to be freed */
+vu_end *vu_hub_port(vu_hub *hub, uint32_t port);              /* the hub's: not to be freed */
+uint32_t vu_hub_stations(const vu_hub *hub, uint32_t port); /* known to be behind it now; 0 if nothing is learnt */
 
 /* ---- virtio-net engine (net.c, net_*.c) ------------------------------------------------------------------------- */
 
@@ -624,7 +638,7 @@ struct vu_net_stats {
 
 vu_net *vu_net_new(const struct vu_net_config *config, int *error);
 void vu_net_free(vu_net *net);
-void vu_net_get_stats(const vu_net *net, uint32_t ring, struct vu_net_stats *stats);
+void vu_net_get_stats(vu_net *net, uint32_t ring, struct vu_net_stats *stats);
 /* Serve one ring of a pair until `stop` (an eventfd, left unread) is readable; buffers that were taken and not used are
  * given back. 0, or a negative code when the ring broke. kick: eventfd, or -1 for a ring that is polled. One thread a
  * ring. [touches] */

@@ -1,8 +1,8 @@
 /*
  * Ports between which frames go: a loop, two peers, a learning bridge.
  *
- * What belongs here: to which ports a frame goes (IEEE 802.1D, 7.7 and 7.8, without the spanning tree). What does not: how
- * it gets there (mailbox.c).
+ * What belongs here: to which ports a frame goes (IEEE 802.1D, 7.7 and 7.8, without the spanning tree). What does not: who is
+ * where (stations.c), how a frame gets to a port (mailbox.c).
  */
 #include <stdlib.h>
 #include <string.h>
@@ -11,10 +11,8 @@
 #include "mailbox.h"
 
 enum {
-    WAYS = 4,
-    SETS = 1024,     /* a power of two: 4096 stations */
-    AGE_SECONDS = 300, /* 802.1D, table 7-5: the recommended ageing time */
-    NOWHERE = UINT16_MAX,
+    EVERYBODY = UINT16_MAX, /* but the sender */
+    COPIES = 16384,         /* bytes copied out of guest memory at once, or one frame: the nearest cache holds them */
 };
 
 struct port {
@@ -24,32 +22,13 @@ struct port {
     struct vu_mailbox *boxes; /* of each pair */
 };
 
-/* Who is where. One word is one fact, so that threads need not agree: at worst a frame goes to more ports than it must. */
-struct station {
-    _Atomic uint64_t known; /* address << 16 | port + 1; 0: nobody */
-    _Atomic uint32_t seen;  /* when, in seconds */
-};
-
 struct vu_hub {
     uint32_t flags, count;
     struct port *ports;
-    struct station (*stations)[WAYS]; /* NULL: nothing is learnt */
+    vu_stations *stations; /* NULL: nothing is learnt */
 };
 
-/* ---- stations ------------------------------------------------------------------------------------------------------------ */
-
-static uint64_t address_at(const uint8_t *bytes)
-{
-    uint64_t address = 0;
-    memcpy((uint8_t *)&address, bytes, 6);
-    return address;
-}
-
-/* The group bit is the first on the wire, the lowest of the first byte. */
-static bool is_group(uint64_t address)
-{
-    return address & 1;
-}
+/* ---- where to ------------------------------------------------------------------------------------------------------------- */
 
 static uint32_t now_seconds(void)
 {
@@ -58,56 +37,36 @@ static uint32_t now_seconds(void)
     return (uint32_t)now.tv_sec;
 }
 
-static struct station *set_of(const vu_hub *hub, uint64_t address)
+/* The group bit is the first on the wire, the lowest of the first byte; and 0 is the address of nobody. */
+static bool is_station(const uint8_t *address)
 {
-    return hub->stations[(address * 0x9E3779B97F4A7C15u) >> 54 & (SETS - 1)];
+    static const uint8_t nobody[6];
+    return !(address[0] & 1) && memcmp(address, nobody, sizeof nobody);
 }
 
-static bool fresh(const struct station *station, uint32_t now)
+/* 7.12.6: these sixteen are between neighbours on one wire. A guest's bridge finds loops by those that do not pass. */
+static bool is_for_a_neighbour(const uint8_t *address)
 {
-    return now - atomic_load_explicit(&station->seen, memory_order_relaxed) < AGE_SECONDS;
+    static const uint8_t reserved[5] = {0x01, 0x80, 0xC2, 0x00, 0x00};
+    return !memcmp(address, reserved, sizeof reserved) && address[5] < 16;
 }
 
-/* The place of the address, or the one that it may have: an empty one, or that of who was silent for longest. */
-static struct station *place_for(struct station *set, uint64_t address)
+/* The port of the frame, which is marked if it may not pass. The sender's own: it goes nowhere, as the station that it is
+ * for hears it on its own side. */
+static uint32_t destination(const struct port *from, struct vu_packet *packet, uint32_t now)
 {
-    struct station *oldest = set;
-    for (struct station *station = set; station < set + WAYS; station++) {
-        uint64_t known = atomic_load_explicit(&station->known, memory_order_relaxed);
-        if (known >> 16 == address)
-            return station;
-        if ((int32_t)(atomic_load_explicit(&station->seen, memory_order_relaxed) -
-                      atomic_load_explicit(&oldest->seen, memory_order_relaxed)) < 0)
-            oldest = station;
+    const vu_hub *hub = from->hub;
+    const uint8_t *to = packet->ether, *source = packet->ether + 6;
+    if (!hub->stations)
+        return hub->flags & VU_HUB_REFLECT ? from->number : EVERYBODY;
+    if (!is_station(source) || is_for_a_neighbour(to)) {
+        packet->drop = VU_DROP_REFUSED;
+        return from->number;
     }
-    return oldest;
+    vu_stations_learn(hub->stations, source, from->number, now);
+    int known = is_station(to) ? vu_stations_find(hub->stations, to, now) : -1;
+    return known < 0 ? EVERYBODY : (uint32_t)known;
 }
-
-/* Only what changes is written: ports that talk at the same time share these lines. */
-static void learn(const vu_hub *hub, uint64_t address, uint32_t port, uint32_t now)
-{
-    if (is_group(address) || !address)
-        return;
-    struct station *station = place_for(set_of(hub, address), address);
-    uint64_t known = address << 16 | (port + 1);
-    if (atomic_load_explicit(&station->known, memory_order_relaxed) != known)
-        atomic_store_explicit(&station->known, known, memory_order_relaxed);
-    if (atomic_load_explicit(&station->seen, memory_order_relaxed) != now)
-        atomic_store_explicit(&station->seen, now, memory_order_relaxed);
-}
-
-static uint32_t find(const vu_hub *hub, uint64_t address, uint32_t now)
-{
-    struct station *set = is_group(address) || !address ? NULL : set_of(hub, address); /* 0 is that of nobody */
-    for (int i = 0; set && i < WAYS; i++) {
-        uint64_t known = atomic_load_explicit(&set[i].known, memory_order_relaxed);
-        if (known >> 16 == address && fresh(&set[i], now))
-            return (uint32_t)(known & 0xffff) - 1;
-    }
-    return NOWHERE;
-}
-
-/* ---- forwarding ------------------------------------------------------------------------------------------------------------ */
 
 /* The pair of the same number if somebody receives there: frames of one ring stay in order. */
 static struct vu_mailbox *box_of(const struct port *port, uint32_t pair)
@@ -120,29 +79,52 @@ static struct vu_mailbox *box_of(const struct port *port, uint32_t pair)
     return &port->boxes[0];
 }
 
-static uint32_t destination(const struct port *from, const struct vu_packet *packet, uint32_t now)
+/* ---- forwarding ------------------------------------------------------------------------------------------------------------ */
+
+/* False if a port had no room for all of them. */
+static bool deliver(const struct port *from, uint32_t to, uint32_t pair, const struct vu_frame *frames, uint32_t count)
 {
     const vu_hub *hub = from->hub;
-    if (hub->flags & VU_HUB_REFLECT)
-        return from->number;
-    if (!hub->stations)
-        return NOWHERE;
-    learn(hub, address_at(packet->ether + 6), from->number, now);
-    return find(hub, address_at(packet->ether), now);
+    bool all = true;
+    if (to != EVERYBODY)
+        return vu_mailbox_put(box_of(&hub->ports[to], pair), frames, count);
+    for (uint32_t i = 0; i < hub->count; i++)
+        if (i != from->number)
+            all &= vu_mailbox_put(box_of(&hub->ports[i], pair), frames, count);
+    return all;
 }
 
-/* To one port, or to all but the sender's. A station that is on the sender's own side gets its frames there. */
+/* The first packets, copied for good: what is learnt from and what is forwarded are the same bytes, for every port. How many
+ * packets; in *copied how many frames, without those whose memory is lost. */
+static uint32_t copy_some(const vu_map *map, struct vu_packet *packets, uint32_t count, uint8_t *copies,
+                          struct vu_frame *frames, uint32_t *copied)
+{
+    uint8_t *to[VU_NET_BATCH];
+    uint32_t used = 0, n = 0;
+    for (; n < count && n < VU_NET_BATCH && (!n || used + packets[n].length <= COPIES); used += packets[n++].length)
+        to[n] = copies + used;
+    vu_packets_copy(map, packets, to, n);
+    *copied = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        if (packets[i].drop != VU_DROP_NONE)
+            continue;
+        memcpy(to[i], packets[i].ether, VU_NET_ETHER);
+        frames[(*copied)++] = (struct vu_frame){packets[i].header, to[i], packets[i].length};
+    }
+    return n;
+}
+
+/* Whatever keeps us from the sender's memory, nothing of a receiver's is held meanwhile. */
 static void forward(const struct port *from, uint32_t to, uint32_t pair, const vu_map *map, struct vu_packet *packets,
                     uint32_t count)
 {
-    const vu_hub *hub = from->hub;
-    if (to == from->number && !(hub->flags & VU_HUB_REFLECT))
+    uint8_t copies[VU_NET_FRAME_MOST];
+    struct vu_frame frames[VU_NET_BATCH];
+    if (to == from->number && !(from->hub->flags & VU_HUB_REFLECT))
         return;
-    for (uint32_t i = to == NOWHERE ? 0 : to; i < hub->count; i++) {
-        if (i != from->number || hub->flags & VU_HUB_REFLECT)
-            vu_mailbox_put(box_of(&hub->ports[i], pair), map, packets, count);
-        if (to != NOWHERE)
-            break;
+    for (uint32_t n, copied; count; packets += n, count -= n) {
+        n = copy_some(map, packets, count, copies, frames, &copied);
+        deliver(from, to, pair, frames, copied);
     }
 }
 
@@ -150,10 +132,10 @@ static uint32_t send(vu_end *end, uint32_t pair, const vu_map *map, struct vu_pa
 {
     const struct port *from = (struct port *)end;
     uint32_t now = from->hub->stations ? now_seconds() : 0, first = 0;
-    uint32_t to = count ? destination(from, packets, now) : NOWHERE;
+    uint32_t to = count ? destination(from, packets, now) : EVERYBODY;
 
     for (uint32_t i = 1; i <= count; i++) {
-        uint32_t next = i < count ? destination(from, &packets[i], now) : NOWHERE;
+        uint32_t next = i < count ? destination(from, &packets[i], now) : EVERYBODY;
         if (i < count && next == to)
             continue;
         forward(from, to, pair, map, packets + first, i - first);
@@ -166,14 +148,13 @@ static uint32_t send(vu_end *end, uint32_t pair, const vu_map *map, struct vu_pa
 static bool inject(vu_end *end, const uint8_t *bytes, uint32_t length)
 {
     const struct port *from = (struct port *)end;
-    struct vu_packet packet = {.length = length};
+    struct vu_packet packet = {.drop = VU_DROP_NONE, .length = length};
+    struct vu_frame frame = {.bytes = (uint8_t *)bytes, .length = length};
     memcpy(packet.ether, bytes, VU_NET_ETHER);
     uint32_t to = destination(from, &packet, from->hub->stations ? now_seconds() : 0);
-    bool taken = true;
-    for (uint32_t i = 0; i < from->hub->count; i++)
-        if (i == to || (to == NOWHERE && i != from->number))
-            taken &= vu_mailbox_put_own(box_of(&from->hub->ports[i], 0), bytes, length);
-    return taken;
+    if (to == from->number && !(from->hub->flags & VU_HUB_REFLECT))
+        return packet.drop == VU_DROP_NONE;
+    return deliver(from, to, 0, &frame, 1);
 }
 
 /* ---- a port as an end -------------------------------------------------------------------------------------------------------- */
@@ -221,10 +202,14 @@ static void attend(vu_end *end, uint32_t pair, bool on)
     atomic_store(&own_box(end, pair)->attended, on);
 }
 
+/* Also who was behind the port: the next to use it may be another guest. */
 static void flush(vu_end *end)
 {
+    const struct port *port = (struct port *)end;
     for (uint32_t i = 0; i < end->pairs; i++)
         vu_mailbox_flush(own_box(end, i));
+    if (port->hub->stations)
+        vu_stations_forget(port->hub->stations, port->number);
 }
 
 static void keep(vu_end *end)
@@ -262,7 +247,7 @@ void vu_hub_free(vu_hub *hub)
         free(port->boxes);
     }
     free(hub->ports);
-    free(hub->stations);
+    vu_stations_free(hub->stations);
     free(hub);
 }
 
@@ -279,15 +264,14 @@ static int open_port(vu_hub *hub, uint32_t number, uint32_t pairs)
     return code;
 }
 
-static int open_hub(vu_hub *hub, uint32_t ports, uint32_t pairs, uint32_t flags)
+static int open_hub(vu_hub *hub, uint32_t ports, uint32_t pairs, uint32_t flags, uint32_t ageing)
 {
     int code = 0;
     hub->flags = flags;
-    hub->ports = calloc(ports, sizeof *hub->ports);
-    if (flags & VU_HUB_LEARN)
-        hub->stations = calloc(SETS, sizeof *hub->stations);
-    if (!hub->ports || (flags & VU_HUB_LEARN && !hub->stations))
+    if (!(hub->ports = calloc(ports, sizeof *hub->ports)))
         return VU_E_NOMEM;
+    if (flags & VU_HUB_LEARN && !(hub->stations = vu_stations_new(ageing, &code)))
+        return code;
     while (!code && hub->count < ports) {
         code = open_port(hub, hub->count, pairs);
         hub->count++;
@@ -295,14 +279,14 @@ static int open_hub(vu_hub *hub, uint32_t ports, uint32_t pairs, uint32_t flags)
     return code;
 }
 
-vu_hub *vu_hub_new(uint32_t ports, uint32_t pairs, uint32_t flags, int *error)
+vu_hub *vu_hub_new(uint32_t ports, uint32_t pairs, uint32_t flags, uint32_t ageing, int *error)
 {
-    if (!ports || !pairs || ports >= NOWHERE) {
+    if (!ports || !pairs || ports >= EVERYBODY) {
         *error = VU_E_SIZE;
         return NULL;
     }
     vu_hub *hub = calloc(1, sizeof *hub);
-    *error = hub ? open_hub(hub, ports, pairs, flags) : VU_E_NOMEM;
+    *error = hub ? open_hub(hub, ports, pairs, flags, ageing) : VU_E_NOMEM;
     if (!*error)
         return hub;
     vu_hub_free(hub);
@@ -312,4 +296,9 @@ vu_hub *vu_hub_new(uint32_t ports, uint32_t pairs, uint32_t flags, int *error)
 vu_end *vu_hub_port(vu_hub *hub, uint32_t port)
 {
     return port < hub->count ? &hub->ports[port].end : NULL;
+}
+
+uint32_t vu_hub_stations(const vu_hub *hub, uint32_t port)
+{
+    return hub->stations ? vu_stations_count(hub->stations, port, now_seconds()) : 0;
 }

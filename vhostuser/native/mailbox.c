@@ -17,10 +17,7 @@
 
 #include "mailbox.h"
 
-enum {
-    BYTES = VU_MAILBOX_SLOTS * VU_MAILBOX_SLOT,
-    COPIES = 16384, /* bytes copied out of guest memory at once, or one frame: the nearest cache holds them */
-};
+enum { BYTES = VU_MAILBOX_SLOTS * VU_MAILBOX_SLOT };
 
 static uint32_t slots_for(uint32_t length)
 {
@@ -82,78 +79,54 @@ void vu_mailbox_close(struct vu_mailbox *box)
 
 /* ---- senders --------------------------------------------------------------------------------------------------------------- */
 
-/* Slots for as many of the packets as there is room for: how many, and in *first where they begin. */
-static uint32_t reserve(struct vu_mailbox *box, const struct vu_packet *packets, uint32_t count, uint64_t *first)
+/* Slots for as many of the frames as there is room for: how many, and in *first where they begin. */
+static uint32_t reserve(struct vu_mailbox *box, const struct vu_frame *frames, uint32_t count, uint64_t *first)
 {
     uint64_t tail = atomic_load_explicit(&box->tail, memory_order_relaxed);
     for (;;) {
         uint64_t limit = atomic_load_explicit(&box->head, memory_order_acquire) + VU_MAILBOX_SLOTS, end = tail;
         uint32_t n = 0;
-        while (n < count && end + slots_for(packets[n].length) <= limit)
-            end += slots_for(packets[n++].length);
+        while (n < count && end + slots_for(frames[n].length) <= limit)
+            end += slots_for(frames[n++].length);
         *first = tail;
         if (!n || atomic_compare_exchange_weak_explicit(&box->tail, &tail, end, memory_order_relaxed, memory_order_relaxed))
             return n;
     }
 }
 
-/* The fence pairs with the one in arm: either the sender sees that the receiver sleeps, or that sees the frame. */
-static void rouse(struct vu_mailbox *box)
+/* The fence pairs with the one in arm: either the sender sees that the receiver sleeps, or that sees the frame.
+ * noinline: where it is inlined gcc warns that ThreadSanitizer does not know fences. */
+__attribute__((noinline)) static void rouse(struct vu_mailbox *box)
 {
     atomic_thread_fence(memory_order_seq_cst);
     if (atomic_load_explicit(&box->asleep, memory_order_relaxed) && atomic_exchange(&box->asleep, false))
         eventfd_write(box->event, 1);
 }
 
-static void seal(struct vu_mailbox *box, uint64_t slot, const struct virtio_net_hdr *header, uint32_t length, uint32_t slots)
+static void seal(struct vu_mailbox *box, uint64_t slot, const struct vu_frame *frame)
 {
     struct vu_mail *mail = mail_of(box, slot);
-    mail->length = length;
-    mail->slots = slots;
-    mail->header = *header;
+    mail->length = frame->length;
+    mail->slots = slots_for(frame->length);
+    mail->header = frame->header;
     atomic_store_explicit(&mail->turn, slot + 1, memory_order_release);
 }
 
-/* Into slots that are reserved only now: whatever keeps a sender from guest memory, others that send to this box and the
- * one who receives from it are not kept. */
-static void deliver(struct vu_mailbox *box, const struct vu_packet *packets, uint8_t *const *from, uint32_t count)
+/* Frames are in memory of ours already: nothing keeps a sender between its reservation and the turns, which others that
+ * send to this box, and the one who receives from it, wait for. */
+bool vu_mailbox_put(struct vu_mailbox *box, const struct vu_frame *frames, uint32_t count)
 {
     uint64_t slot;
-    uint32_t n = reserve(box, packets, count, &slot);
-    for (uint32_t i = 0; i < n; slot += slots_for(packets[i++].length)) {
-        bool lost = packets[i].drop != VU_DROP_NONE;
-        if (!lost)
-            memcpy(bytes_of(box, slot), from[i], packets[i].length);
-        seal(box, slot, &packets[i].header, lost ? 0 : packets[i].length, slots_for(packets[i].length));
+    uint32_t n = reserve(box, frames, count, &slot);
+    for (uint32_t i = 0; i < n; slot += slots_for(frames[i++].length)) {
+        memcpy(bytes_of(box, slot), frames[i].bytes, frames[i].length);
+        seal(box, slot, &frames[i]);
     }
     if (n < count)
         atomic_fetch_add_explicit(&box->full, count - n, memory_order_relaxed);
     if (n)
         rouse(box);
-}
-
-void vu_mailbox_put(struct vu_mailbox *box, const vu_map *map, struct vu_packet *packets, uint32_t count)
-{
-    uint8_t copies[VU_NET_FRAME_MOST], *to[VU_NET_BATCH];
-    for (uint32_t n; count; packets += n, count -= n) {
-        uint32_t used = 0;
-        for (n = 0; n < count && n < VU_NET_BATCH && (!n || used + packets[n].length <= COPIES); used += packets[n++].length)
-            to[n] = copies + used;
-        vu_packets_copy(map, packets, to, n);
-        deliver(box, packets, to, n);
-    }
-}
-
-bool vu_mailbox_put_own(struct vu_mailbox *box, const uint8_t *bytes, uint32_t length)
-{
-    struct vu_packet packet = {.length = length};
-    uint64_t slot;
-    if (!reserve(box, &packet, 1, &slot))
-        return false;
-    memcpy(bytes_of(box, slot), bytes, length);
-    seal(box, slot, &packet.header, length, slots_for(length));
-    rouse(box);
-    return true;
+    return n == count;
 }
 
 /* ---- the receiver ------------------------------------------------------------------------------------------------------------ */
@@ -169,19 +142,16 @@ uint32_t vu_mailbox_look(struct vu_mailbox *box, struct vu_frame *frames, uint32
     uint32_t count = 0;
     for (; count < max && whole(box, slot); slot += mail_of(box, slot)->slots) {
         const struct vu_mail *mail = mail_of(box, slot);
-        if (mail->length)
-            frames[count++] = (struct vu_frame){mail->header, bytes_of(box, slot), mail->length};
+        frames[count++] = (struct vu_frame){mail->header, bytes_of(box, slot), mail->length};
     }
-    if (!count)
-        free_up_to(box, slot); /* lost frames alone */
     return count;
 }
 
 void vu_mailbox_take(struct vu_mailbox *box, uint32_t count)
 {
     uint64_t slot = atomic_load_explicit(&box->head, memory_order_relaxed);
-    for (; count; slot += mail_of(box, slot)->slots)
-        count -= mail_of(box, slot)->length != 0;
+    while (count--)
+        slot += mail_of(box, slot)->slots;
     free_up_to(box, slot);
 }
 

@@ -14,7 +14,7 @@ enum {
 /* What is known of the frame that begins in a slot. */
 struct vu_mail {
     _Atomic uint64_t turn; /* one more than the slot's number, counted from the beginning, once the frame is whole */
-    uint32_t length;       /* bytes; 0: its sender lost it */
+    uint32_t length;       /* bytes, at least one */
     uint32_t slots;
     struct virtio_net_hdr header;
 };
@@ -34,10 +34,8 @@ struct vu_mailbox {
 int vu_mailbox_open(struct vu_mailbox *box);
 void vu_mailbox_close(struct vu_mailbox *box);
 
-/* From any thread. What there is no room for is counted and gone; a packet whose memory is lost is marked. [touches] */
-void vu_mailbox_put(struct vu_mailbox *box, const vu_map *map, struct vu_packet *packets, uint32_t count);
-/* The same for a frame in memory of ours: false if there is no room. */
-bool vu_mailbox_put_own(struct vu_mailbox *box, const uint8_t *bytes, uint32_t length);
+/* From any thread, never waiting. What there is no room for is counted and gone: false if that was so. */
+bool vu_mailbox_put(struct vu_mailbox *box, const struct vu_frame *frames, uint32_t count);
 
 /* By the receiver: as the functions of struct vu_end_kind. */
 uint32_t vu_mailbox_look(struct vu_mailbox *box, struct vu_frame *frames, uint32_t max);

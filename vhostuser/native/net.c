@@ -126,20 +126,18 @@ enum vu_drop vu_net_parse(const vu_net *net, const vu_chain *chain, struct vu_pa
 
 /* ---- what the guest receives --------------------------------------------------------------------------------------- */
 
-/* The Internet checksum (RFC 1071) of the bytes, of which the first two need not be at an even address. */
-static uint16_t internet_checksum(const uint8_t *bytes, uint32_t length)
+/* In words of four bytes, which comes to the same: the halves are added up at the end. */
+uint16_t vu_internet_checksum(const uint8_t *bytes, uint32_t length)
 {
     uint64_t sum = 0;
-    uint16_t word;
-    for (; length > 1; bytes += 2, length -= 2) {
-        memcpy(&word, bytes, 2);
+    uint32_t word;
+    for (; length >= sizeof word; bytes += sizeof word, length -= sizeof word) {
+        memcpy(&word, bytes, sizeof word);
         sum += word;
     }
-    if (length) {
-        word = 0;
-        memcpy(&word, bytes, 1);
-        sum += word;
-    }
+    word = 0;
+    memcpy(&word, bytes, length);
+    sum += word;
     while (sum >> 16)
         sum = (sum & 0xffff) + (sum >> 16);
     return (uint16_t)~sum;
@@ -154,7 +152,7 @@ static uint32_t checksum_at(const struct vu_frame *frame)
 static void complete_checksum(struct vu_frame *frame)
 {
     uint32_t start = le16toh(frame->header.csum_start);
-    uint16_t sum = internet_checksum(frame->bytes + start, frame->length - start);
+    uint16_t sum = vu_internet_checksum(frame->bytes + start, frame->length - start);
     sum = sum ? sum : 0xffff; /* in UDP zero means that there is none, to TCP both are the same */
     memcpy(frame->bytes + checksum_at(frame), &sum, 2);
 }
@@ -180,6 +178,11 @@ static bool takes_kind(const vu_net *net, const struct vu_frame *frame)
     default:
         return false;
     }
+}
+
+bool vu_net_cuts(const vu_net *net, const struct vu_frame *frame, struct vu_cut *cut)
+{
+    return frame->header.gso_type != VIRTIO_NET_HDR_GSO_NONE && !takes_kind(net, frame) && vu_cut_plan(frame, cut);
 }
 
 enum vu_drop vu_net_refuse(const vu_net *net, const struct vu_frame *frame)
@@ -208,9 +211,15 @@ void vu_net_settle(vu_net *net, uint32_t ring, struct vu_net_stats *tally)
     memset(tally, 0, sizeof *tally);
 }
 
-void vu_net_get_stats(const vu_net *net, uint32_t ring, struct vu_net_stats *stats)
+/* Also what a ring's thread, which may wait for its guest for long, has not fetched from the end yet. */
+void vu_net_get_stats(vu_net *net, uint32_t ring, struct vu_net_stats *stats)
 {
     uint64_t *copy = (uint64_t *)stats;
+    struct vu_net_stats lost = {0};
+    if (ring < 2 * net->config.pairs && ring % 2 == 0)
+        lost.dropped_full = net->config.end->kind->lost(net->config.end, ring / 2);
+    if (lost.dropped_full)
+        vu_net_settle(net, ring, &lost);
     for (size_t i = 0; i < VU_NET_COUNTERS; i++)
         copy[i] = ring < 2 * net->config.pairs ? atomic_load_explicit(&net->counters[ring][i], memory_order_relaxed) : 0;
 }

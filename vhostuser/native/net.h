@@ -68,7 +68,7 @@ struct vu_end_kind {
     void (*woken)(vu_end *end, uint32_t pair);
     /* Readable when a frame has come; -1: frames never come, or always are there. */
     int (*receive_fd)(const vu_end *end, uint32_t pair);
-    /* Frames for this pair that were lost for want of room, since last asked. */
+    /* Frames for this pair that were lost for want of room, since last asked. From any thread. */
     uint64_t (*lost)(vu_end *end, uint32_t pair);
     /* A thread receives for the pair from here on, or no longer. */
     void (*attend)(vu_end *end, uint32_t pair, bool on);
@@ -115,15 +115,35 @@ static inline bool vu_net_has(const vu_net *net, unsigned feature)
     return net->config.features >> feature & 1;
 }
 
+/* ---- frames cut into segments (net_cut.c) --------------------------------------------------------------------------- */
+
+/* Of one frame. Places are bytes from its beginning. */
+struct vu_cut {
+    uint32_t network, transport; /* where these headers begin */
+    uint32_t headers;            /* and where they end: each segment begins with them */
+    uint32_t size, count;        /* bytes of payload in each but the last, and segments */
+    bool ipv6, udp;
+};
+
+/* False if the frame's headers do not say how, or contradict each other. */
+bool vu_cut_plan(const struct vu_frame *frame, struct vu_cut *cut);
+/* Segment n of those, which leaves its checksum to the receiver, made at `to`: bytes for the headers and `size`. */
+void vu_cut_segment(const struct vu_frame *frame, const struct vu_cut *cut, uint32_t n, uint8_t *to,
+                    struct vu_frame *segment);
+
 /* ---- rules for frames (net.c) -------------------------------------------------------------------------------------- */
 
 /* Reads the header of what the guest transmits, and judges it: VU_DROP_NONE, or why it is dropped. Inside a guard. */
 enum vu_drop vu_net_parse(const vu_net *net, const vu_chain *chain, struct vu_packet *packet);
 /* Why a frame cannot be made into one that the guest's driver accepts, or VU_DROP_NONE. Changes nothing. */
 enum vu_drop vu_net_refuse(const vu_net *net, const struct vu_frame *frame);
+/* Whether it has to be cut into segments for that driver, and can be: how, in *cut. */
+bool vu_net_cuts(const vu_net *net, const struct vu_frame *frame, struct vu_cut *cut);
 /* Makes it into one. Once only, just before it is filled in: the bytes are the end's, and there once more for the next
  * look as long as they are not taken. */
 void vu_net_fit(const vu_net *net, struct vu_frame *frame);
+/* The Internet checksum (RFC 1071) of bytes, of which the first two are one word. */
+uint16_t vu_internet_checksum(const uint8_t *bytes, uint32_t length);
 /* Adds the tally to the ring's counters, and clears it. */
 void vu_net_settle(vu_net *net, uint32_t ring, struct vu_net_stats *tally);
 static inline void vu_net_count_drop(struct vu_net_stats *tally, enum vu_drop why)

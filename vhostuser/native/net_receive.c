@@ -2,7 +2,7 @@
  * The thread of a receive ring: frames from the end into buffers of the guest.
  *
  * What belongs here: which buffers a frame takes, filling them, returning them in batches. What does not: where frames
- * come from (end.c), what a driver accepts (net.c), when the thread sleeps (engine.c).
+ * come from (end.c), what a driver accepts (net.c), how a frame is cut (net_cut.c), when the thread sleeps (engine.c).
  */
 #include <endian.h>
 #include <string.h>
@@ -20,14 +20,55 @@ struct receive {
     vu_end *end;
     uint32_t pair;
     bool starved; /* a frame is there, and the guest has no buffer for it */
+    bool cutting;        /* `frames` are segments of one frame of the end's, the first */
+    uint32_t segments;   /* of that frame, which are done with */
+    struct vu_cut cut;
     struct vu_net_stats tally;
     struct vu_held held;
     /* Written before they are read. */
     struct vu_frame frames[VU_NET_BATCH];
+    uint8_t pieces[2 * VU_NET_FRAME_MOST]; /* the bytes of segments */
     struct placement placements[VU_NET_BATCH];
     uint32_t lengths[VU_NET_HELD];
     vu_chain *done[VU_NET_HELD];
 };
+
+/* ---- which frames are next --------------------------------------------------------------------------------------------- */
+
+/* Made again each time until they are done with: what is filled in completes checksums in them. */
+static uint32_t cut_some(struct receive *run)
+{
+    const struct vu_frame whole = run->frames[0];
+    uint32_t used = 0, n = 0, most = run->cut.headers + run->cut.size;
+    for (; n < VU_NET_BATCH && run->segments + n < run->cut.count && used + most <= sizeof run->pieces; n++) {
+        vu_cut_segment(&whole, &run->cut, run->segments + n, run->pieces + used, &run->frames[n]);
+        used += run->frames[n].length;
+    }
+    return n;
+}
+
+/* The end's frames up to one that has to be cut; or, where that is the first, segments of it. */
+static uint32_t look(struct receive *run)
+{
+    uint32_t count = run->end->kind->look(run->end, run->pair, run->frames, VU_NET_BATCH), n = 0;
+    while (n < count && !vu_net_cuts(run->net, &run->frames[n], &run->cut))
+        n++;
+    run->cutting = count && !n;
+    return run->cutting ? cut_some(run) : n;
+}
+
+/* The first `done` of those are done with. */
+static void take(struct receive *run, uint32_t done)
+{
+    if (run->cutting) {
+        run->segments += done;
+        if (run->segments < run->cut.count)
+            return;
+        run->segments = 0;
+        done = 1;
+    }
+    run->end->kind->take(run->end, run->pair, done);
+}
 
 /* ---- which buffers a frame takes ------------------------------------------------------------------------------------- */
 
@@ -255,7 +296,7 @@ static int deliver(struct receive *run, uint32_t frames)
     uint32_t done = plan(run, frames, &used);
     fill_all(run, done);
     int code = used ? give_back(run, used) : 0;
-    run->end->kind->take(run->end, run->pair, done);
+    take(run, done);
     return code < 0 ? code : (int)(used + done);
 }
 
@@ -265,7 +306,7 @@ static int work(void *of)
     int filled = vu_held_fill(&run->held, &run->engine, room(run));
     if (filled < 0 || run->engine.stopping)
         return filled;
-    uint32_t frames = run->end->kind->look(run->end, run->pair, run->frames, VU_NET_BATCH);
+    uint32_t frames = look(run);
     int done = frames ? deliver(run, frames) : 0;
     return done < 0 ? done : done + filled;
 }
