@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from tests.devices.interface import MAC, RECEIVED, Connected, bit, frame
+from tests.devices.interface import MAC, RECEIVED, Connected, Interface, bit, frame
 from vhostuser.devices.ends import TSO, Hub, NetFeature, Sink, Source, loopback
 from vhostuser.devices.net import BYTES, FRAMES, USELESS, Net, NetSettings
 from vhostuser.drivers.net import MRG_RXBUF, NetHeader

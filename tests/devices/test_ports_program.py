@@ -119,8 +119,10 @@ async def test_three_guests_on_a_switch_one_of_which_goes_and_comes_back(start: 
         for other in guests:
             if other is not guest:
                 assert [data[6:12] for _, data in await other.receive(1)] == [STATIONS[number]]
+    assert [port["device"]["stations"] for port in (await program.states()).values()] == [1, 1, 1]
     guests[1].pair.frontend.close()
     await program.line("green: the front-end has gone")
+    assert [port["device"]["stations"] for port in (await program.states()).values()] == [1, 0, 1]
     to_blue = frame(70, 1, STATIONS[2], STATIONS[0])
     guests[0].send(to_blue)
     assert [data for _, data in await guests[2].receive(1)] == [to_blue]

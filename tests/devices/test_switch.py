@@ -103,7 +103,7 @@ async def test_peers_pass_everything_and_learn_nothing(connected: Connected) -> 
     frames = [frame(60, 1, to, source) for to in (NEIGHBOUR, MAC, EVERYBODY) for source in (bytes(6), GROUP, MAC)]
     await send(one, *frames, LAST)
     assert await heard(other) == frames
-    assert hub.stations(0) == hub.stations(1) == 0
+    assert [port.stations for port in hub.ports] == [0, 0]
 
 
 async def test_a_switch_that_forgets_at_once_floods(connected: Connected) -> None:
@@ -120,9 +120,9 @@ async def test_a_port_whose_guest_goes_is_forgotten_and_serves_the_next_one(conn
     guests = await guests_of(connected, hub.ports)
     for number, guest in enumerate(guests):
         await send(guest, frame(60, 1, source=STATIONS[number]))
-    assert [hub.stations(port) for port in range(3)] == [1, 1, 1]
+    assert [port.stations for port in hub.ports] == [1, 1, 1]
     await guests[1].close()
-    assert [hub.stations(port) for port in range(3)] == [1, 0, 1]
+    assert [port.stations for port in hub.ports] == [1, 0, 1]
     unknown_now = frame(61, 1, STATIONS[1], STATIONS[0])
     await send(guests[0], unknown_now, LAST)
     assert (await heard(guests[2]))[-1] == unknown_now, "it may be anywhere now"

@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def tracer(backend: Path, transcript: Path) -> CommandLine:
         return [*tool, f"--listen={socket}", f"--connect={backend}", *options]
 
     return command
+
+
+@dataclass(frozen=True)
+class Port:
+    """One socket of a back-end for network interfaces that has several."""
+
+    socket: Path
+    network: bool = True
 
 
 class BackendProcess(Process):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from vhostuser.tools.lab.backend import STATE_PREFIX, BackendProcess, CommandLine, vhostuser_blk, vhostuser_net
+from vhostuser.tools.lab.backend import STATE_PREFIX, BackendProcess, CommandLine, Port, vhostuser_blk, vhostuser_net
 from vhostuser.tools.lab.guest import Guest
 from vhostuser.tools.lab.hugepages import hugepages
 from vhostuser.tools.lab.image import GuestImage
@@ -88,11 +88,11 @@ class Bench:
         """A new network namespace, whose interfaces that are made in it later may get ``address`` (with its prefix)."""
         return self._stack.enter_context(Namespace(f"vhu-{os.getpid()}-{self._unique('ns')}", address))
 
-    async def machine(self, hardware: Hardware, *backends: BackendProcess) -> Machine:
+    async def machine(self, hardware: Hardware, *backends: BackendProcess | Port) -> Machine:
         """A machine with one device for each of ``backends``, which boots the guest; returns before that has booted."""
         return await self._start(hardware, backends, incoming=False)
 
-    async def destination(self, hardware: Hardware, *backends: BackendProcess) -> Machine:
+    async def destination(self, hardware: Hardware, *backends: BackendProcess | Port) -> Machine:
         """A machine that waits for the guest to migrate to it."""
         return await self._start(hardware, backends, incoming=True)
 
@@ -125,7 +125,7 @@ class Bench:
                 parts.append(_tail(f"{machine.name}'s console", machine.console.read_text("latin-1").splitlines()))
         return "\n".join(parts)
 
-    async def _start(self, hardware: Hardware, backends: Sequence[BackendProcess], incoming: bool) -> Machine:
+    async def _start(self, hardware: Hardware, backends: Sequence[BackendProcess | Port], incoming: bool) -> Machine:
         if hardware.hugepages:
             self._stack.enter_context(hugepages(hardware.memory // 2))
         machine = Machine(

@@ -26,6 +26,7 @@ MODULES = (
     *("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci"),
     "virtio_blk",
     *("failover", "net_failover", "virtio_net"),
+    *("llc", "stp", "garp", "mrp", "8021q"),
 )
 
 INIT = """\

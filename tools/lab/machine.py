@@ -42,6 +42,8 @@ class Hardware:
     packed: bool = False
     #: Pairs of virtqueues of each network interface.
     pairs: int = 1
+    #: Network interfaces leave checksums and segmentation to the other side, and take frames that did.
+    offloads: bool = True
     #: QEMU connects again when a back-end is lost.
     reconnect: bool = False
 
@@ -84,9 +86,12 @@ class Hardware:
             arguments += ["-netdev", f"vhost-user,id={name}-end,chardev={name}-socket,queues={self.pairs}"]
             # vectors=0: with MSI-X QEMU 7.2 dies under TCG, below msix_set_vector_notifiers.
             several = ",mq=on" if self.pairs > 1 else ""
+            plain = (
+                "" if self.offloads else ",csum=off,guest_csum=off,gso=off,guest_tso4=off,guest_tso6=off,guest_ecn=off"
+            )
             arguments += [
                 "-device",
-                f"virtio-net-pci,id={name},netdev={name}-end,mac={mac(number)},vectors=0{several}{packed}",
+                f"virtio-net-pci,id={name},netdev={name}-end,mac={mac(number)},vectors=0{several}{plain}{packed}",
             ]
         return arguments
 

@@ -108,6 +108,10 @@ class End:
     def close(self) -> None:
         """Gives back what the system lent. No ring may use the end."""
 
+    def state(self) -> dict[str, object]:
+        """What SIGUSR1 shows of it: JSON-able values."""
+        return {"end": str(self)}
+
     def __str__(self) -> str:
         return self.kind
 
@@ -171,10 +175,6 @@ class Hub:
         titles = [f"{name}: {kind}" for name in names] or [kind] * ports
         self.ports = [Port(self, number, pairs, titles[number]) for number in range(ports)]
 
-    def stations(self, port: int) -> int:
-        """How many stations a switch knows behind a port."""
-        return lib.vu_hub_stations(self.native, port)
-
 
 class Port(End):
     """One port of a hub."""
@@ -183,9 +183,18 @@ class Port(End):
 
     def __init__(self, hub: Hub, number: int, pairs: int, name: str) -> None:
         self._hub = hub.native  # alive as long as any of its ports
+        self._number = number
         self._name = name
         self.pairs = pairs
         self.native = lib.vu_hub_port(hub.native, number)
+
+    @property
+    def stations(self) -> int:
+        """How many are known to be behind it, if the hub learns."""
+        return lib.vu_hub_stations(self._hub, self._number)
+
+    def state(self) -> dict[str, object]:
+        return super().state() | {"stations": self.stations}
 
     def __str__(self) -> str:
         return self._name

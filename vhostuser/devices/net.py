@@ -220,7 +220,7 @@ class Net(Device):
 
     def state(self) -> dict[str, object]:
         return {
-            "end": str(self._end),
+            **self._end.state(),
             "mac": self._settings.mac.hex(":"),
             "mtu": self._mtu,
             "link": "up" if self._up else "down",
