@@ -163,7 +163,7 @@ async def second_pairs(one: Interface, other: Interface) -> tuple[SecondPair, Se
         await send(sender, LAST)
     end = frame(99)
     await send(one, end)
-    while (await other.receive(1))[0][1] != end:
+    while end not in [data for _, data in await other.receive(1)]:
         pass
     receiver.post()
     return sender, receiver

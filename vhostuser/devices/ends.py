@@ -98,8 +98,7 @@ class End:
             raise EndError(f"{self}: {os.strerror(ffi.errno)}")
 
     def stop(self) -> None:
-        """The device has stopped: what is there for it, and who was behind it, is forgotten."""
-        lib.vu_end_flush(self.native)
+        """The device has stopped; no ring uses the end until it starts again."""
 
     def inject(self, frame: bytes) -> bool:
         """Sends a frame of our own, as if the guest had; False if it was not taken. Never blocks."""
@@ -192,6 +191,10 @@ class Port(End):
     def stations(self) -> int:
         """How many are known to be behind it, if the hub learns."""
         return lib.vu_hub_stations(self._hub, self._number)
+
+    def stop(self) -> None:
+        """Also forgets who was behind it: the next guest here may be another one."""
+        lib.vu_end_flush(self.native)
 
     def state(self) -> dict[str, object]:
         return super().state() | {"stations": self.stations}
