@@ -86,10 +86,9 @@ static void record(const struct captured *captured, enum heading heading, uint64
     memcpy(block + sizeof head, bytes, kept);
     memset(block + sizeof head + kept, 0, padded - kept);
     memcpy(block + sizeof head + padded, &tail, sizeof tail);
-    if (!vu_mailbox_put_own(&capture->box, block, size)) {
-        atomic_fetch_add_explicit(&capture->box.full, 1, memory_order_relaxed);
+    struct vu_frame frame = {.bytes = block, .length = size};
+    if (!vu_mailbox_put(&capture->box, &frame, 1))
         atomic_fetch_add_explicit(&capture->lost[captured->interface], 1, memory_order_relaxed);
-    }
 }
 
 /* ---- the end ------------------------------------------------------------------------------------------------------------- */
