@@ -17,6 +17,7 @@ from vhostuser.protocol import BackendRequest, ProtocolFeature, RequestRefused, 
 LEGACY = DRIVABLE & ~VirtioFeature.VERSION_1.mask
 PLAIN = DRIVABLE & ~bit(MRG_RXBUF)
 PACKED = DRIVABLE | VirtioFeature.RING_PACKED.mask
+ANY_LENGTH = DRIVABLE & ~bit(NetFeature.MTU)
 IN_ORDER = pytest.mark.parametrize(
     "features", [base | VirtioFeature.IN_ORDER.mask for base in (DRIVABLE, PACKED)], ids=["split", "packed"]
 )
@@ -50,7 +51,7 @@ async def test_frames_come_back_from_the_loop_as_they_were_sent(connected: Conne
 @pytest.mark.parametrize("size", [14, 52, 53, 100, 116, 117, 600, 2000])
 async def test_a_long_frame_takes_several_buffers_each_but_the_last_full(connected: Connected, size: int) -> None:
     """5.1.6.3.2, 5.1.6.4: num_buffers says how many."""
-    guest = await connected(loopback(), slot_bytes=64, slots=60)
+    guest = await connected(loopback(), features=ANY_LENGTH, slot_bytes=64, slots=60)
     at = guest.put(bytes(12) + frame(size))
     for _ in range(3):
         assert guest.pair.rings[1].queue.offer([(at, 12 + size)]) is not None
@@ -72,7 +73,7 @@ async def test_a_header_in_any_pieces_and_empty_descriptors_are_one_frame(connec
 
 
 async def test_the_longest_frame_passes_and_one_byte_more_does_not(connected: Connected) -> None:
-    guest = await connected(loopback(), slot_bytes=16384, slots=8)
+    guest = await connected(loopback(), features=ANY_LENGTH, slot_bytes=16384, slots=8)
     longest = 65535 + 14 + 8
     wire = bytes(12) + frame(longest)
     assert await guest.transmit(wire[:40000], wire[40000:]) == 0
@@ -261,6 +262,30 @@ async def test_buffers_that_no_header_fits_into_go_back_empty(connected: Connect
     assert guest.counted(USELESS, 0) == 3
 
 
+async def test_a_driver_that_negotiated_the_mtu_gets_no_longer_packet(connected: Connected) -> None:
+    """5.1.4.1; two VLAN tags are no part of a packet."""
+    guest = await connected(loopback())
+    for size in (1500 + 23, 1500 + 22):
+        await guest.transmit(bytes(12), frame(size))
+    assert [len(data) for _, data in await guest.receive(1)] == [1522]
+    assert guest.dropped(0) == {"oversize": 1}
+
+
+async def test_a_buffer_that_no_frame_fits_into_is_in_nobodys_way(connected: Connected) -> None:
+    guest = await connected(loopback(), features=PLAIN, post=False)
+    await guest.running()
+    queue = guest.pair.rings[0].queue
+    small, large = queue.offer(writable=[(RECEIVED, 12 + 13)]), queue.offer(writable=[(RECEIVED + 64, 2048)])
+    guest.publish(0)
+    await guest.transmit(bytes(12), frame(60))
+    used: list[tuple[int, int]] = []
+    while len(used) < 2:
+        used += queue.take_many()
+        if len(used) < 2:
+            await guest.called(0)
+    assert used == [(small, 0), (large, 72)]
+
+
 async def test_a_frame_that_no_buffer_can_hold_is_dropped(connected: Connected) -> None:
     guest = await connected(loopback(), features=PLAIN, slot_bytes=128)
     for size in (117, 116):
@@ -271,7 +296,7 @@ async def test_a_frame_that_no_buffer_can_hold_is_dropped(connected: Connected) 
 
 async def test_a_frame_longer_than_the_whole_ring_is_dropped(connected: Connected) -> None:
     """64 entries of 64 bytes: 4096 with the header."""
-    guest = await connected(loopback(), slot_bytes=64, slots=64)
+    guest = await connected(loopback(), features=ANY_LENGTH, slot_bytes=64, slots=64)
     for size in (4085, 4084, 60):
         await guest.transmit(bytes(12), frame(size))
     assert [len(data) for _, data in await guest.receive(2)] == [4084, 60]

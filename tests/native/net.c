@@ -137,8 +137,8 @@ static void exchange(int stop)
     vu_chain *chains[RING];
     vu_hub *hub = vu_hub_new(2, 1, below(2) ? VU_HUB_LEARN : 0, (uint32_t)below(2), &error);
     CHECK(hub);
-    vu_net *from = vu_net_new(&(struct vu_net_config){vu_hub_port(hub, 0), features, 1, 0}, &error);
-    vu_net *to = vu_net_new(&(struct vu_net_config){vu_hub_port(hub, 1), some_features(), 1, 0}, &error);
+    vu_net *from = vu_net_new(&(struct vu_net_config){vu_hub_port(hub, 0), features, 1, 0, 0}, &error);
+    vu_net *to = vu_net_new(&(struct vu_net_config){vu_hub_port(hub, 1), some_features(), 1, 0, 0}, &error);
     CHECK(from && to);
     open_guest(&one, any());
     open_guest(&other, any());
@@ -231,7 +231,7 @@ static void counted_once(int stop)
     int error;
     open_guest(&guest, 0);
     open_wire(&wire);
-    vu_net *net = vu_net_new(&(struct vu_net_config){wire.end, 0, 1, 0}, &error);
+    vu_net *net = vu_net_new(&(struct vu_net_config){wire.end, 0, 1, 0, 0}, &error);
     CHECK(net);
     while (vu_end_inject(wire.end, frame, sizeof frame))
         ;

@@ -90,8 +90,8 @@ class NetSettings:
 class NetEngine:
     """The native data path between the rings of one device and its end; see ``vhostuser.device.Engine``."""
 
-    def __init__(self, end: End, features: int, poll_us: int) -> None:
-        config = {"end": end.native, "features": features, "pairs": end.pairs, "poll_us": poll_us}
+    def __init__(self, end: End, features: int, poll_us: int, mtu: int) -> None:
+        config = {"end": end.native, "features": features, "pairs": end.pairs, "poll_us": poll_us, "mtu": mtu}
         error = ffi.new("int *")
         net = lib.vu_net_new(ffi.new("struct vu_net_config *", config), error)
         if net == ffi.NULL:
@@ -187,7 +187,7 @@ class Net(Device):
             self._end.start(features)
         except EndError as error:
             raise DeviceFailed(str(error)) from None
-        self._counted = self._counted[0], NetEngine(self._end, features, self._settings.poll_us)
+        self._counted = self._counted[0], NetEngine(self._end, features, self._settings.poll_us, self._mtu)
 
     async def stop(self) -> None:
         self._end.stop()

@@ -619,6 +619,7 @@ struct vu_net_config {
     uint64_t features; /* negotiated virtio features */
     uint32_t pairs;    /* of rings: ring 2n receives, ring 2n + 1 transmits, as the guest sees it */
     uint32_t poll_us;  /* how long an idle ring is polled before its thread sleeps */
+    uint32_t mtu;      /* of packets that the guest receives; 0: it was told none */
 };
 
 struct vu_net_stats {

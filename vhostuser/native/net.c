@@ -189,6 +189,8 @@ enum vu_drop vu_net_refuse(const vu_net *net, const struct vu_frame *frame)
 {
     if (frame->header.gso_type != VIRTIO_NET_HDR_GSO_NONE && !takes_kind(net, frame))
         return VU_DROP_SEGMENTATION;
+    if (frame->header.gso_type == VIRTIO_NET_HDR_GSO_NONE && frame->length > net->most)
+        return VU_DROP_OVERSIZE;
     return needs_checksum(net, frame) && checksum_at(frame) + 2 > frame->length ? VU_DROP_CHECKSUM : VU_DROP_NONE;
 }
 
@@ -242,6 +244,8 @@ vu_net *vu_net_new(const struct vu_net_config *config, int *error)
     }
     net->config = *config;
     net->mergeable = vu_net_has(net, VIRTIO_NET_F_MRG_RXBUF);
+    /* 5.1.4.1: a driver that negotiated an MTU gets no more; two VLAN tags are no part of it. */
+    net->most = config->mtu && vu_net_has(net, VIRTIO_NET_F_MTU) ? config->mtu + VU_NET_ETHER + 8 : VU_NET_FRAME_MOST;
     /* 5.1.6.1: num_buffers is there in the modern interface, whether buffers are merged or not. */
     net->header = VU_NET_HEADER + (net->mergeable || vu_net_has(net, VU_NET_VERSION_1) ? 2 : 0);
     return net;

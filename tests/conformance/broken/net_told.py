@@ -155,6 +155,11 @@ def counts_the_ethernet_header_to_the_mtu() -> None:
     override(Interface, sized=lambda device, length: ETHER <= length <= (1500 if device.has(N.MTU) else 70000))
 
 
+@net_fault("net.mtu.exceeded")
+def leaves_the_mtu_to_the_sender() -> None:
+    override(Interface, exceeds=lambda device, frame: False)
+
+
 # ---- announcements
 
 

@@ -68,7 +68,8 @@ class Loop(End):
 class Interface(Engine):
     """Stands in for ``vhostuser.devices.net.NetEngine``."""
 
-    def __init__(self, end: Any, features: int, poll_us: int) -> None:
+    def __init__(self, end: Any, features: int, poll_us: int, mtu: int) -> None:
+        self.mtu = mtu
         self.end: Loop = end
         self.features = features
         self.held: dict[int, list[Chain]] = {}
@@ -244,11 +245,15 @@ class Interface(Engine):
 
     def fitted(self, frame: Frame) -> Frame | None:
         """What a driver with these features takes, or None if there is no such."""
-        if frame.header.gso_type and not self.takes(frame.header.gso_type):
+        if not self.takes(frame.header.gso_type) if frame.header.gso_type else self.exceeds(frame):
             return None
         if frame.header.flags and not self.has(N.GUEST_CSUM):
             return Frame(NetHeader(), self.completed(frame))
         return frame
+
+    def exceeds(self, frame: Frame) -> bool:
+        """Is the packet longer than what the driver has negotiated?"""
+        return self.has(N.MTU) and len(frame.data) > self.mtu + ETHER + 8
 
     def takes(self, kind: int) -> bool:
         """Was it negotiated that the driver takes such segments?"""

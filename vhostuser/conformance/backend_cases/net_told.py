@@ -6,7 +6,7 @@ import struct
 
 from vhostuser.conformance.bench import Need
 from vhostuser.conformance.frames import NetFeature, announcement, frame, is_announcement, same
-from vhostuser.conformance.nic import USUAL, plug
+from vhostuser.conformance.nic import USUAL, Nic, plug
 from vhostuser.conformance.peer import Kind, Peer
 from vhostuser.conformance.suite import Theme, check, equal
 from vhostuser.protocol import U64, Config, FrontendRequest, ProtocolFeature
@@ -124,6 +124,20 @@ async def _(peer: Peer) -> None:
     await peer.accepts(F.NET_SET_MTU, U64(1500))
     nic.post(count=2)
     await nic.echo(frame(1500 + 14))
+
+
+@CASES.must("mtu.exceeded", "A driver that negotiated the MTU receives no packet that is longer.", LOOP, *MTU)
+async def _(peer: Peer) -> None:
+    await peer.negotiate(N.MTU)
+    await peer.accepts(F.NET_SET_MTU, U64(1400))
+    await peer.share()
+    nic = Nic(peer)
+    await nic.start()
+    nic.post(count=2)
+    nic.transmit(frame(1400 + 100))
+    await nic.sent()
+    await nic.silence()
+    await nic.echo(frame(1400 + 14))
 
 
 # ---- announcements
