@@ -4,9 +4,9 @@
  *     net SEED ROUNDS
  *
  * Random chains and random headers go through two ports of a hub, part of guest memory being lost in some rounds; a tap,
- * played by a socket, is full or gets frames that are lost; then threads fill one mailbox while another empties it. What is
- * right frame by frame is judged by the tests in Python; here that no input touches memory that is not ours, that every
- * buffer comes back, and that what arrives is whole and in order.
+ * played by a socket, is full or gets frames that are lost; frames are cut; then threads fill one mailbox while another
+ * empties it. What is right frame by frame is judged by the tests in Python; here that no input touches memory that is not
+ * ours, that every buffer comes back, and that what arrives is whole and in order.
  * Exit status 0, or a line on stderr and 1.
  */
 #define _GNU_SOURCE
@@ -249,6 +249,41 @@ static void counted_once(int stop)
     close_guest(&guest);
 }
 
+/* ---- a frame that is cut ------------------------------------------------------------------------------------------------ */
+
+enum { HEADERS = 66 };
+static const uint8_t ipv4_tcp[HEADERS] = {[12] = 0x08, 0x00, 0x45, [20] = 0x40, [23] = 6, [46] = 0x50};
+static const uint8_t tagged_ipv6_udp[HEADERS] = {[12] = 0x81, 0x00, [16] = 0x86, 0xDD, 0x60, [24] = 17};
+
+/* Each in memory of exactly its size, so that a byte too far is seen. */
+static void cut_once(void)
+{
+    bool udp = below(2);
+    uint32_t length = VU_NET_ETHER + (uint32_t)below(below(2) ? 200 : 9000), size = length < HEADERS ? length : HEADERS;
+    struct vu_frame whole = {.length = length, .bytes = calloc(1, length)}, segment;
+    struct vu_cut cut;
+    uint32_t total = 0;
+    CHECK(whole.bytes);
+    memcpy(whole.bytes, udp ? tagged_ipv6_udp : ipv4_tcp, size);
+    for (uint64_t wrong = below(4); wrong; wrong--)
+        whole.bytes[below(size)] = (uint8_t)any();
+    whole.header = (struct virtio_net_hdr){.flags = 1, .gso_type = udp ? 5 : 1, .gso_size = (uint16_t)(1 + below(2000))};
+    whole.header.csum_start = (uint16_t)(below(8) ? (udp ? 58 : 34) : below(length));
+    whole.header.csum_offset = udp ? 6 : 16;
+    bool cuts = vu_cut_plan(&whole, &cut);
+    for (uint32_t n = 0; cuts && n < cut.count; n++) {
+        uint32_t left = length - cut.headers - n * cut.size, part = left < cut.size ? left : cut.size;
+        uint8_t *exactly = malloc(cut.headers + part);
+        CHECK(exactly);
+        vu_cut_segment(&whole, &cut, n, exactly, &segment);
+        CHECK(segment.length == cut.headers + part && !memcmp(exactly + cut.headers, whole.bytes + length - left, part));
+        total += part;
+        free(exactly);
+    }
+    CHECK(!cuts || total == length - cut.headers);
+    free(whole.bytes);
+}
+
 /* ---- one mailbox, many threads ---------------------------------------------------------------------------------------- */
 
 enum { SENDERS = 3, FRAMES = 20000 };
@@ -385,7 +420,7 @@ int main(int argc, char **argv)
     state = strtoull(argv[1], NULL, 0) | 1;
     int stop = eventfd(1, 0);
     for (long round = 0; round < strtol(argv[2], NULL, 0); round++)
-        exchange(stop);
+        exchange(stop), cut_once(), cut_once(), cut_once();
     lost_pieces();
     counted_once(stop);
     if (!KEEPS_SIGNALS)
