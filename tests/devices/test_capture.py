@@ -21,7 +21,7 @@ import pytest
 from tests.devices.interface import MAC, Interface, frame
 from vhostuser.devices.capture import LOST, Capture
 from vhostuser.devices.ends import End, EndError, Hub, Sink, loopback
-from vhostuser.devices.net import FRAMES, Net
+from vhostuser.devices.net import FRAMES, MTU_MOST, Net, NetSettings
 from vhostuser.metrics import Sample
 from vhostuser.testing.leaks import no_open_fds
 
@@ -34,7 +34,7 @@ async def connected() -> AsyncIterator[Connected]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(end: End) -> Interface:
-            interface = Interface(end, slot_bytes=16384, slots=16)
+            interface = Interface(end, NetSettings(mtu=MTU_MOST), slot_bytes=16384, slots=16)
             stack.push_async_callback(interface.close)
             return await interface.start()
 
