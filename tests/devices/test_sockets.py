@@ -14,7 +14,7 @@ import pytest
 
 from tests.devices.interface import MAC, Interface, frame
 from vhostuser.devices.ends import TSO, EndError
-from vhostuser.devices.net import FRAMES, Net
+from vhostuser.devices.net import FRAMES, MTU_MOST, Net, NetSettings
 from vhostuser.devices.sockets import Stream
 from vhostuser.testing.leaks import no_open_fds
 
@@ -93,7 +93,7 @@ async def attended() -> AsyncIterator[Attended]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def make(end: Stream, **options: int) -> Interface:
-            interface = Interface(end, **options)
+            interface = Interface(end, NetSettings(mtu=MTU_MOST), **options)
             stack.push_async_callback(interface.close)
             attending = asyncio.ensure_future(interface.device.attend())
             stack.callback(attending.cancel)
