@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections import Counter
 from typing import Any
 
 from tests.conformance.broken.registry import answering, crash, fault, handling
@@ -260,15 +261,31 @@ def forgets_its_base_once_it_was_told() -> None:
     handling(F.GET_VRING_BASE, change)
 
 
-@fault("base.set", "base.goes-on", "base.wrap")
+def _forgets_the_base(stops: int) -> None:
+    """After so many stops of a ring it begins with its first chain, whatever it is told."""
+    stopped: Counter[tuple[Connection, int]] = Counter()
+
+    async def stop(connection: Connection, request: Any, right: Any) -> Any:
+        stopped[connection, request.payload.index] += 1
+        return await right(connection, request)
+
+    async def begin(connection: Connection, request: Any, right: Any) -> None:
+        await right(connection, request)
+        if stopped[connection, request.payload.index] == stops:
+            connection.rings[request.payload.index].base = 0
+
+    handling(F.GET_VRING_BASE, stop)
+    handling(F.SET_VRING_BASE, begin)
+
+
+@fault("base.set", "base.wrap")
 def begins_with_the_first_chain() -> None:
-    right = Queue.place
+    _forgets_the_base(0)
 
-    def place(queue: Queue) -> None:
-        right(queue)
-        queue.next = 0
 
-    override(Queue, place=place)
+@fault("base.goes-on")
+def goes_on_three_times() -> None:
+    _forgets_the_base(4)
 
 
 @fault("base.not-taken-later")

@@ -15,7 +15,7 @@ from vhostuser.protocol.exchange import Server
 @fault("reply-ack.own-reply-flags")
 def keeps_need_reply() -> None:
     def change(_: BackendSession, request: Any, answer: Outgoing | None) -> Outgoing | None:
-        if answer is None or not (request.need_reply and request.row.reply):
+        if answer is None or not (request.need_reply and request.code is F.GET_FEATURES):
             return answer
         return Outgoing(answer.data[:4] + bytes([answer.data[4] | 8]) + answer.data[5:], answer.fds)
 
@@ -49,8 +49,10 @@ def answers_twice() -> None:
 
 @fault("reply-ack.ack")
 def acknowledges_in_four_bytes() -> None:
-    def change(_: BackendSession, request: Any, answer: Outgoing | None) -> Outgoing | None:
-        if answer is None or request.code is not F.SET_OWNER:
+    """An owner that comes behind the features."""
+
+    def change(session: BackendSession, request: Any, answer: Outgoing | None) -> Outgoing | None:
+        if answer is None or request.code is not F.SET_OWNER or not session.features:
             return answer
         return Outgoing(Header(request.code, 5, 4).pack() + bytes(4))
 

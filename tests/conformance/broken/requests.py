@@ -154,11 +154,15 @@ def fails_the_unknown() -> None:
 
 
 @fault("blk.flush")
-def answers_no_flush() -> None:
+def answers_no_flush_of_what_was_written() -> None:
     right = Disk.serve
+    written: list[Disk] = []
 
     def serve(disk: Disk, chain: Chain) -> int:
-        return 0 if chain.read(0, 4) == BlkType.FLUSH.to_bytes(4, "little") else right(disk, chain)
+        kind = int.from_bytes(chain.read(0, 4), "little")
+        if kind == BlkType.OUT:
+            written.append(disk)
+        return 0 if kind == BlkType.FLUSH and disk in written else right(disk, chain)
 
     override(Disk, serve=serve)
 
