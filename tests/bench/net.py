@@ -1,12 +1,13 @@
 """Frames per second: our network back-end against DPDK's, driven by the same front-end.
 
-    python tests/bench/net.py [--seconds=1] [--rounds=3] [--size=64] [--packed] [--huge-pages]
+    python tests/bench/net.py [--seconds=1] [--rounds=5] [--size=64] [--packed] [--huge-pages]
 
 The front-end is DPDK's virtio driver (net_virtio_user in testpmd): one queue, its thread on the first CPU and the
 back-end's on the last. It transmits into our `sink` and receives from our `source`, which copy each byte out of guest
 memory and into it; then the same with the back-end of DPDK (net_vhost in another testpmd, `rxonly` and `txonly`), which
-copies too. The back-ends take turns, so that a slow moment of the machine hits both; the median round counts. Only the
-ratios mean anything elsewhere. Status 1 if one is below what the project promises.
+copies too. Both sides poll: whatever else runs on one of the CPUs costs a multiple of its time and never gains any, so
+the best round of each counts, the back-ends taking turns. Only the ratios mean anything elsewhere. Status 1 if one is
+below what the project promises.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -137,11 +137,11 @@ def report(rates: dict[tuple[Direction, bool], list[float]]) -> bool:
     """Prints the table; whether both ratios are what they must be."""
     good = True
     for direction in DIRECTIONS:
-        theirs, ours = (statistics.median(rates[direction, which]) for which in (False, True))
-        spread = statistics.pstdev(rates[direction, True]) / ours
+        theirs, ours = (max(rates[direction, which]) for which in (False, True))
+        rounds = " ".join(f"{rate / 1e6:.1f}" for which in (False, True) for rate in rates[direction, which])
         verdict = "" if ours >= MUST * theirs else "  BELOW"
         print(f"{direction.name:20}{theirs / 1e6:8.2f}{ours / 1e6:8.2f} M frames/s (net_vhost, ours)"
-              f"   ratio {ours / theirs:.2f}, must {MUST}, goal {GOAL}   +-{spread:.0%}{verdict}")  # fmt: skip
+              f"   ratio {ours / theirs:.2f}, must {MUST}, goal {GOAL}{verdict}   rounds {rounds}")  # fmt: skip
         good &= ours >= MUST * theirs
     return good
 
@@ -149,7 +149,7 @@ def report(rates: dict[tuple[Direction, bool], list[float]]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=1.0, help="of one run, default 1")
-    parser.add_argument("--rounds", type=int, default=3, help="default 3")
+    parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--size", type=int, default=64, help="bytes of a frame, 64 to 2036, default 64")
     parser.add_argument("--packed", action="store_true", help="packed rings")
     parser.add_argument("--huge-pages", action="store_true", help="2 MiB pages for both testpmd; as root")

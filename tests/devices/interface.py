@@ -117,9 +117,15 @@ class Interface(Driver):
         self._scratch = SCRATCH
 
     async def start(
-        self, *, rings: int = 2, enable: bool = True, memory: SharedMemory | None = None, post: bool = True
+        self,
+        *,
+        rings: int = 2,
+        enable: bool = True,
+        memory: SharedMemory | None = None,
+        post: bool = True,
+        indirect: bool = False,
     ) -> Interface:
-        await self.pair.set_up(rings=rings, features=self._features, enable=enable, memory=memory)
+        await self.pair.set_up(rings=rings, features=self._features, enable=enable, memory=memory, indirect=indirect)
         self.drive(0, RECEIVED, SENT, **self._slots)
         self.header = NetHeader.size(self.pair.frontend.session.features)
         if post:

@@ -72,6 +72,15 @@ async def test_a_header_in_any_pieces_and_empty_descriptors_are_one_frame(connec
     assert [data for _, data in await guest.receive(1)] == [frame(60)]
 
 
+async def test_a_header_that_is_said_to_be_writable_is_read(connected: Connected) -> None:
+    """DPDK's driver says so of the first descriptor of an indirect table on a packed ring (seen in 22.11)."""
+    guest = await connected(loopback(), features=PACKED, indirect=True)
+    pieces = [(guest.put(bytes(12)), 12, True), (guest.put(frame(60)), 60, False)]
+    assert guest.pair.rings[1].queue.offer_in_order(pieces) is not None
+    guest.publish(1)
+    assert [data for _, data in await guest.receive(1)] == [frame(60)]
+
+
 async def test_the_longest_frame_passes_and_one_byte_more_does_not(connected: Connected) -> None:
     guest = await connected(loopback(), features=ANY_LENGTH, slot_bytes=16384, slots=8)
     longest = 65535 + 14 + 8

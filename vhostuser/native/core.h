@@ -124,6 +124,8 @@ const vu_map *vu_queue_map(const vu_queue *queue);
 /* Whether the queue is broken, but what was taken before can still be returned. */
 bool vu_queue_drains(const vu_queue *queue);
 uint32_t vu_queue_size(const vu_queue *queue); /* entries */
+/* The device only ever reads what is offered here. */
+void vu_queue_only_reads(vu_queue *queue);
 /* The pool between LISTEN and END, else NULL. vu_queue_set_touch (touch.c) stores it with vu_queue_keep_touch. */
 vu_touch *vu_queue_touch(const vu_queue *queue);
 void vu_queue_keep_touch(vu_queue *queue, vu_touch *touch);

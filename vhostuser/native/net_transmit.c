@@ -156,6 +156,7 @@ int vu_net_transmit(vu_net *net, uint32_t pair, vu_queue *queue, int kick, int s
     run.net = net;
     run.end = net->config.end;
     run.pair = pair;
+    vu_queue_only_reads(queue);
     vu_engine_begin(&run.engine, queue, kick, stop, net->config.poll_us);
     int code = vu_engine_run(&run.engine, &tasks, &run);
     if (code == 0)
@@ -196,6 +197,7 @@ int vu_net_discard(vu_queue *queue, int kick, int stop)
 {
     static const struct vu_engine_tasks tasks = {discard, keeps_nothing, await_kick};
     struct vu_engine engine;
+    vu_queue_only_reads(queue);
     vu_engine_begin(&engine, queue, kick, stop, 0);
     return vu_engine_run(&engine, &tasks, &engine);
 }

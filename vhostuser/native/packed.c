@@ -139,6 +139,9 @@ static int parse_table(vu_queue *queue, struct vu_slot *slot, const struct vu_de
         uint64_t words[2];
         vu_table_load(table.at, i, words);
         struct vu_desc inner = describe(words);
+        /* DPDK's driver marks the header in front of a frame in several pieces as one to be written (seen in 22.11). */
+        if (queue->only_reads)
+            inner.flags &= (uint16_t)~VU_DESC_WRITE;
         /* Of the flags only WRITE counts here (2.8.7): a table is as long as its length says. */
         code = inner.flags & VU_DESC_INDIRECT ? VU_E_INDIRECT : vu_slot_add(queue, slot, &inner);
     }

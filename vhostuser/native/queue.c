@@ -128,6 +128,11 @@ uint32_t vu_queue_size(const vu_queue *queue)
     return queue->size;
 }
 
+void vu_queue_only_reads(vu_queue *queue)
+{
+    queue->only_reads = true;
+}
+
 vu_touch *vu_queue_touch(const vu_queue *queue)
 {
     return queue->touch;

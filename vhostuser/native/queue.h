@@ -240,6 +240,7 @@ struct vu_queue {
     _Atomic int call;
     _Atomic bool forced; /* the next signal goes out whatever the driver asked for */
     bool started;        /* the ring's own indexes have been read */
+    bool only_reads;     /* no buffer is written into, whatever its descriptor says */
     _Atomic uint16_t broken_head;
     _Atomic uint32_t base;     /* as in GET_VRING_BASE; split: the next available index */
     _Atomic uint64_t out;      /* chains popped and not pushed */
