@@ -47,6 +47,7 @@ class Lib:
     VU_DRIVER_EVENT_IDX: Final[int]
     VU_DRIVER_INDIRECT: Final[int]
     VU_DRIVER_PACKED: Final[int]
+    VU_DRIVER_IN_ORDER: Final[int]
     VU_DRIVER_TABLE: Final[int]
     VU_FRAME_LEAST: Final[int]
     VU_FRAME_MOST: Final[int]

@@ -45,9 +45,9 @@ class DriverQueue:
 
     at: where it lies: the guest address (a multiple of 64) from which its parts follow each other, or RingParts. size:
     entries, up to 32768, of a split ring a power of two. indirect: every chain takes one entry and may have up to 128
-    buffers. packed: the packed format; what is called a head is then a buffer id. ``desc``, ``avail``, ``used`` are
-    guest addresses. Belongs to one thread at a time. Raises QueueBroken if it does not fit or where the device returned
-    nonsense, MemoryLost where memory is gone.
+    buffers. packed: the packed format; what is called a head is then a buffer id. in_order: IN_ORDER was negotiated.
+    ``desc``, ``avail``, ``used`` are guest addresses. Belongs to one thread at a time. Raises QueueBroken if it does
+    not fit or where the device returned nonsense, MemoryLost where memory is gone.
     """
 
     def __init__(
@@ -59,8 +59,9 @@ class DriverQueue:
         event_idx: bool = False,
         indirect: bool = False,
         packed: bool = False,
+        in_order: bool = False,
     ) -> None:
-        flags = _flags(event_idx, indirect, packed)
+        flags = _flags(event_idx, indirect, packed) | in_order * lib.VU_DRIVER_IN_ORDER
         error = ffi.new("int *")
         if isinstance(at, RingParts):
             parts = ffi.new("struct vu_driver_parts *", at)
@@ -133,7 +134,8 @@ class DriverQueue:
     def take_many(self, most: int = BATCH) -> list[tuple[int, int]]:
         """The heads of up to ``most`` returned chains, at most ``BATCH``, and how many bytes were written into each.
 
-        Those in front of one that breaks the ring come first.
+        Those in front of one that breaks the ring come first. In order, a device may return several together and say
+        how many bytes for the last alone: the others are taken for full.
         """
         count = _checked(lib.vu_driver_take_many(self.native, self._returned, min(most, BATCH)))
         return [(returned.head, returned.length) for returned in self._returned[0:count]]

@@ -5,9 +5,9 @@
 The front-end is DPDK's virtio driver (net_virtio_user in testpmd): one queue, its thread on the first CPU and the
 back-end's on the last. It transmits into our `sink` and receives from our `source`, which copy each byte out of guest
 memory and into it; then the same with the back-end of DPDK (net_vhost in another testpmd, `rxonly` and `txonly`), which
-copies too. Both sides poll: whatever else runs on one of the CPUs costs a multiple of its time and never gains any, so
-the best round of each counts, the back-ends taking turns. Only the ratios mean anything elsewhere. Status 1 if one is
-below what the project promises.
+copies too. Both sides poll: whatever else runs on one of the CPUs costs a multiple of its time, so such a run is done
+again. The back-ends take turns; the best round of each counts. Only the ratios mean anything elsewhere. Status 1 if one
+is below what the project promises.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MUST, GOAL = 1.0, 1.2
 FIRST, LAST = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+QUIET = 0.03  # of a CPU: what others may use during a run, which is otherwise done again
+TRIES = 4
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 NEEDED_PAGES = 340  # of 2 MiB, for two testpmd
 
@@ -71,25 +73,48 @@ def started(command: Sequence[str], **options: object) -> Iterator[subprocess.Po
             process.send_signal(signal.SIGTERM)
 
 
-def rate(process: subprocess.Popen[str], counter: str, seconds: float) -> float:
-    """Frames per second as a testpmd counts them, after a moment in which everything has got going.
+def ticks(cpu: int) -> int:
+    """What a CPU has done so far beside idling, in clock ticks."""
+    (line,) = (line for line in Path("/proc/stat").read_text().splitlines() if line.startswith(f"cpu{cpu} "))
+    user, nice, system, _, _, *rest = map(int, line.split()[1:9])
+    return user + nice + system + sum(rest)
 
-    It says what happened since it was asked last; and all at its end, for its output is buffered.
+
+def own_ticks(process: subprocess.Popen[str]) -> int:
+    """What a process has used of its CPU so far."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def others(backend: subprocess.Popen[str], frontend: subprocess.Popen[str]) -> int:
+    """What everybody else has used of both CPUs so far."""
+    return sum(map(ticks, {FIRST, LAST})) - own_ticks(backend) - own_ticks(frontend)
+
+
+def rate(
+    backend: subprocess.Popen[str], frontend: subprocess.Popen[str], counter: str, seconds: float
+) -> tuple[float, float]:
+    """Frames per second as the front-end counts them, and which part of a CPU everybody else has used meanwhile.
+
+    The front-end says what happened since it was asked last; and all at its end, for its output is buffered.
     """
-    assert process.stdin is not None
+    assert frontend.stdin is not None
+    used = []
     for command, pause in (("start", 1.5), ("show port stats 0", seconds), ("show port stats 0", 0.0), ("quit", 0.0)):
-        process.stdin.write(command + "\n")
-        process.stdin.flush()
+        if command.startswith("show"):
+            used.append(others(backend, frontend))
+        frontend.stdin.write(command + "\n")
+        frontend.stdin.flush()
         time.sleep(pause)
-    said = process.communicate(timeout=20)[0]
+    said = frontend.communicate(timeout=20)[0]
     found = re.findall(rf"{counter}: +(\d+)", said)
     if len(found) < 2:
         raise SystemExit(f"testpmd says nothing of {counter}:\n{said}")
-    return float(found[-1])
+    return float(found[-1]), (used[1] - used[0]) / os.sysconf("SC_CLK_TCK") / seconds
 
 
-def run(direction: Direction, ours: bool, options: argparse.Namespace) -> float:
-    """Frames per second of one run, on fresh processes."""
+def run(direction: Direction, ours: bool, options: argparse.Namespace) -> tuple[float, float]:
+    """One run on fresh processes: as ``rate``."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         socket = Path(name) / "socket"
         command = testpmd("back", LAST, f"net_vhost0,iface={socket},queues=1", direction.dpdk, options)
@@ -106,7 +131,15 @@ def run(direction: Direction, ours: bool, options: argparse.Namespace) -> float:
                     raise SystemExit(f"{command[0]} ended with status {backend.returncode}")
                 time.sleep(0.02)
             with started(front, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-                return rate(process, direction.counter, options.seconds)
+                return rate(backend, process, direction.counter, options.seconds)
+
+
+def quiet_run(direction: Direction, ours: bool, options: argparse.Namespace) -> float:
+    """Frames per second of the first run in which nobody else was there, or of the quietest of some."""
+    runs: list[tuple[float, float]] = []
+    while len(runs) < TRIES and all(disturbance > QUIET for _, disturbance in runs):
+        runs.append(run(direction, ours, options))
+    return min(runs, key=lambda one: one[1])[0]
 
 
 @contextlib.contextmanager
@@ -129,7 +162,7 @@ def measure(options: argparse.Namespace) -> dict[tuple[Direction, bool], list[fl
         for _ in range(options.rounds):
             for direction in DIRECTIONS:
                 for ours in (False, True):
-                    rates.setdefault((direction, ours), []).append(run(direction, ours, options))
+                    rates.setdefault((direction, ours), []).append(quiet_run(direction, ours, options))
     return rates
 
 

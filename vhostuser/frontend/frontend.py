@@ -21,7 +21,7 @@ from vhostuser.protocol import DeviceStatus, FrontendRequest, LocalProtocolError
 DRIVABLE = ~(
     VirtioFeature.LOG_ALL.mask  # of no use before there is a log
     | VirtioFeature.ACCESS_PLATFORM.mask
-    | VirtioFeature.RING_PACKED.mask  # taken by those who make their DriverQueue so
+    | VirtioFeature.RING_PACKED.mask  # this and the next are taken by those who make their DriverQueue so
     | VirtioFeature.IN_ORDER.mask
     | VirtioFeature.NOTIFICATION_DATA.mask
     | VirtioFeature.NOTIF_CONFIG_DATA.mask

@@ -230,6 +230,7 @@ typedef struct {
 #define VU_DRIVER_EVENT_IDX 1
 #define VU_DRIVER_INDIRECT 2 /* put each chain into an indirect table of its own */
 #define VU_DRIVER_PACKED 4   /* the packed format */
+#define VU_DRIVER_IN_ORDER 8 /* the device returns chains in their order, and may write one used entry for several */
 #define VU_DRIVER_TABLE 128  /* entries of each such table: the longest chain */
 
 struct vu_driver_parts { /* guest addresses */
@@ -237,7 +238,8 @@ struct vu_driver_parts { /* guest addresses */
     uint64_t tables; /* of all indirect tables, with VU_DRIVER_INDIRECT */
 };
 typedef struct {
-    uint32_t head, length; /* head; packed: buffer id. bytes that the device says it wrote */
+    uint32_t head, length; /* head; packed: buffer id. bytes that the device says it wrote; in order, and not the last
+                            * of those with one entry: all that there was room for */
 } vu_returned;
 
 /* A ring laid out at guest address `at` of `map` (desc, avail, used, then indirect tables). Clears it. [touches] */

@@ -112,7 +112,7 @@ vu_driver *vu_driver_place(vu_map *map, const struct vu_driver_parts *parts, uin
     if (flags & VU_DRIVER_PACKED)
         driver->packed.added.wrap = driver->packed.published.wrap = driver->packed.taken.wrap = true;
     for (uint32_t i = 0; i < size; i++)
-        driver->offers[i].next = (uint16_t)(i + 1);
+        driver->offers[i].next = (uint16_t)((i + 1) % size);
     *error = resolve(driver, map);
     if (!*error)
         *error = clear(driver);
@@ -222,28 +222,64 @@ static int look(vu_driver *driver, vu_returned *entry)
     return found;
 }
 
+/* Puts the ids of a chain in front of the free list. */
+static void free_ids(vu_driver *driver, uint16_t id, uint32_t descriptors)
+{
+    /* Split: the chain is still linked by `next` as it was taken off the free list. */
+    uint16_t last = id;
+    for (uint32_t i = 1; i < descriptors && !(driver->flags & VU_DRIVER_PACKED); i++)
+        last = driver->offers[last].next;
+    driver->offers[last].next = driver->free_head;
+    driver->free_head = id;
+}
+
+/* The ids are a circle: the list goes on where it is, and descriptors are used in the order of the ring (2.7.9). */
+static void free_oldest(vu_driver *driver, uint16_t id, uint32_t descriptors)
+{
+    for (uint32_t i = driver->flags & VU_DRIVER_PACKED ? 1 : descriptors; i; i--)
+        id = driver->offers[id].next;
+    driver->order.oldest = id;
+}
+
+static bool is_out(const vu_driver *driver, uint32_t id)
+{
+    return id < driver->size && driver->offers[id].descriptors;
+}
+
 static int reclaim(vu_driver *driver, uint32_t id, uint32_t length)
 {
-    if (id >= driver->size || !driver->offers[id].descriptors)
+    if (!is_out(driver, id))
         return VU_E_HEAD;
     struct vu_offer *offer = &driver->offers[id];
     if (length > offer->writable)
         return VU_E_SIZE;
     uint32_t descriptors = offer->descriptors;
-    /* Split: the chain is still linked by `next` as it was taken off the free list. */
-    uint16_t last = (uint16_t)id;
-    for (uint32_t i = 1; i < descriptors && !(driver->flags & VU_DRIVER_PACKED); i++)
-        last = driver->offers[last].next;
-    driver->offers[last].next = driver->free_head;
-    driver->free_head = (uint16_t)id;
+    (driver->flags & VU_DRIVER_IN_ORDER ? free_oldest : free_ids)(driver, (uint16_t)id, descriptors);
     driver->free_count += descriptors;
     offer->descriptors = 0;
     driver->format->taken(driver, descriptors);
     return 1;
 }
 
+/* 2.7.9, 2.8.10: one entry with the id of the last chain stands for those before it too. */
+static int take_in_order(vu_driver *driver, vu_returned *returned)
+{
+    vu_returned *entry = &driver->order.entry;
+    int code = driver->order.open ? 1 : look(driver, entry);
+    if (code <= 0)
+        return code;
+    if (!is_out(driver, entry->head) || !is_out(driver, driver->order.oldest))
+        return VU_E_HEAD;
+    returned->head = driver->order.oldest;
+    driver->order.open = returned->head != entry->head;
+    returned->length = driver->order.open ? (uint32_t)driver->offers[returned->head].writable : entry->length;
+    return reclaim(driver, returned->head, returned->length);
+}
+
 static int take(vu_driver *driver, vu_returned *returned)
 {
+    if (driver->flags & VU_DRIVER_IN_ORDER)
+        return take_in_order(driver, returned);
     int code = look(driver, returned);
     return code > 0 ? reclaim(driver, returned->head, returned->length) : code;
 }
@@ -272,6 +308,8 @@ int vu_driver_take(vu_driver *driver, uint16_t *head, uint32_t *length)
 static int used_some(vu_driver *driver)
 {
     vu_returned entry;
+    if (driver->order.open)
+        return 1;
     int found = look(driver, &entry);
     return found == VU_E_FAULT ? found : found != 0; /* nonsense is something to be told of, too */
 }

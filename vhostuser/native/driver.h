@@ -34,6 +34,11 @@ struct vu_driver {
     struct vu_desc *tables; /* [size][VU_DRIVER_TABLE], NULL without VU_DRIVER_INDIRECT */
     uint32_t free_count;    /* descriptors */
     uint16_t free_head;     /* of the ids that no chain has; split: of descriptors */
+    struct {                /* with VU_DRIVER_IN_ORDER */
+        uint16_t oldest;    /* id of the chain that comes back next */
+        bool open;          /* `entry` is for chains up to its head, of which some have yet to be taken */
+        vu_returned entry;
+    } order;
     union {
         struct {
             struct vu_desc *desc;

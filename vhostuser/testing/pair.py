@@ -70,6 +70,7 @@ class Pair:
             event_idx=has(VirtioFeature.RING_EVENT_IDX),
             indirect=indirect,
             packed=has(VirtioFeature.RING_PACKED),
+            in_order=has(VirtioFeature.IN_ORDER),
         )
         self.rings.append(FrontendRing(index, queue))
         return self.rings[-1]
