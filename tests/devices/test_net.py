@@ -18,9 +18,6 @@ LEGACY = DRIVABLE & ~VirtioFeature.VERSION_1.mask
 PLAIN = DRIVABLE & ~bit(MRG_RXBUF)
 PACKED = DRIVABLE | VirtioFeature.RING_PACKED.mask
 ANY_LENGTH = DRIVABLE & ~bit(NetFeature.MTU)
-IN_ORDER = pytest.mark.parametrize(
-    "features", [base | VirtioFeature.IN_ORDER.mask for base in (DRIVABLE, PACKED)], ids=["split", "packed"]
-)
 HEADERS = pytest.mark.parametrize(
     "features",
     [DRIVABLE, PLAIN, LEGACY, LEGACY & ~bit(MRG_RXBUF), PACKED],
@@ -340,12 +337,13 @@ async def returned(guest: Interface, ring: int, count: int) -> list[int | None]:
     return heads
 
 
-@IN_ORDER
+@pytest.mark.parametrize("features", [DRIVABLE, PACKED], ids=["split", "packed"])
 async def test_buffers_come_back_in_the_order_in_which_they_were_offered(connected: Connected, features: int) -> None:
     """2.7.9, 2.8.10: dropped frames, useless buffers and those of frames in several pieces have their turn too. The
-    second round begins with the head that came back last; a stop is between two frames."""
+    second round begins with the head that came back last; a stop is between two frames. IN_ORDER is offered and not
+    taken: under it our driver would not look at every entry."""
     guest = await connected(loopback(), features=features, post=False)
-    assert guest.pair.frontend.session.has(VirtioFeature.IN_ORDER)
+    assert await guest.pair.frontend.get_features() & VirtioFeature.IN_ORDER.mask
     receive, transmit = (ring.queue for ring in guest.pair.rings)
     await guest.running()
     wires = [guest.put(bytes(12) + frame(size)) for size in (60, 100, 61)]
