@@ -107,12 +107,12 @@ class SocketFile:
         self._identity = (0, 0)
 
     def create(self, mode: int, group: int | None, kind: int = socket.SOCK_STREAM) -> socket.socket:
-        """The listening socket, which is the caller's. Raises EndpointError."""
+        """The socket, which is the caller's: it listens, if its kind can. Raises EndpointError."""
         if len(os.fsencode(self._path)) > LONGEST_PATH:
             raise EndpointError(f"{self._path}: too long for a socket, at most {LONGEST_PATH} bytes")
         try:
             self._claim()
-            self._clear()
+            self._clear(kind)
             return self._bind(mode, group, kind)
         except (OSError, EndpointError) as error:
             self._release()
@@ -135,15 +135,15 @@ class SocketFile:
                 if self._lock < 0:
                     os.close(fd)
 
-    def _clear(self) -> None:
+    def _clear(self, kind: int) -> None:
         """Removes a socket that nobody listens on."""
         try:
-            kind = self._path.lstat().st_mode
+            mode = self._path.lstat().st_mode
         except FileNotFoundError:
             return
-        if not stat.S_ISSOCK(kind):
+        if not stat.S_ISSOCK(mode):
             raise EndpointError(f"{self._path}: exists and is not a socket; remove it or choose another path")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        with socket.socket(socket.AF_UNIX, kind) as probe:
             probe.setblocking(False)
             if probe.connect_ex(bytes(self._path)) != errno.ECONNREFUSED:
                 raise EndpointError(f"{self._path}: another process listens on it")
@@ -162,7 +162,8 @@ class SocketFile:
             if group is not None:
                 os.chown(self._path, -1, group)
             self._path.chmod(mode)
-            sock.listen(_BACKLOG)
+            if kind != socket.SOCK_DGRAM:
+                sock.listen(_BACKLOG)
         except OSError:
             sock.close()
             self.remove()

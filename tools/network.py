@@ -7,16 +7,18 @@ What belongs here: the options of the interfaces and of their ends. What does no
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import os
 import re
+import socket
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from vhostuser.devices.capture import SNAP_LEAST, SNAP_MOST, Capture
 from vhostuser.devices.ends import AGEING, End, EndError, Hub, Sink, Source, Tap, loopback
 from vhostuser.devices.net import MTU_LEAST, MTU_MOST, POLL_US, Net, NetSettings, local_mac
-from vhostuser.devices.sockets import Stream
+from vhostuser.devices.sockets import Datagram, Stream
 from vhostuser.tools import service
 from vhostuser.tools.endpoint import LONGEST_PATH, EndpointError, SocketFile
 from vhostuser.tools.manager import MOST_FDS
@@ -40,7 +42,7 @@ def _parser(program: str) -> Parser:
         type=_end,
         required=True,
         help="where frames go: tap:NAME, tap:fd=N[,N...], stream:PATH, stream:listen=PATH, "
-        "loopback, sink, source[:BYTES]; between several sockets: peer, switch[:AGEING]",
+        "dgram:local=PATH,remote=PATH, loopback, sink, source[:BYTES]; between several sockets: peer, switch[:AGEING]",
     )
     parser.add_argument(
         "--mac",
@@ -189,6 +191,34 @@ class _Listening(Stream):
             self._file.remove()
 
 
+def _dgram(what: str) -> MakeEnd:
+    paths = re.fullmatch(r"local=([^,]+),remote=([^,]+)", what)
+    if not paths or max(len(os.fsencode(path)) for path in paths.groups()) > LONGEST_PATH:
+        raise argparse.ArgumentTypeError(
+            f"dgram:local=PATH,remote=PATH, each without commas and at most {LONGEST_PATH} bytes, not {what!r}"
+        )
+    return lambda options: _Datagram(paths[1], paths[2], options)
+
+
+class _Datagram(Datagram):
+    """Its socket file goes with it."""
+
+    def __init__(self, local: str, remote: str, options: argparse.Namespace) -> None:
+        self._file = SocketFile(local)
+        sock = self._file.create(options.socket_mode, options.socket_group, socket.SOCK_DGRAM)
+        try:
+            super().__init__(sock, remote, options.queue_pairs)
+        except EndError:
+            self._file.remove()
+            raise
+
+    async def attend(self, linked: Callable[[bool], None]) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self._file.remove()
+
+
 def _plain(make: Callable[[int], End]) -> Callable[[str], MakeEnd]:
     def parse(what: str) -> MakeEnd:
         if what:
@@ -201,6 +231,7 @@ def _plain(make: Callable[[int], End]) -> Callable[[str], MakeEnd]:
 _KINDS: Final[dict[str, Callable[[str], MakeEnd]]] = {
     "tap": _tap,
     "stream": _stream,
+    "dgram": _dgram,
     "loopback": _plain(loopback),
     "sink": _plain(Sink),
     "source": _source,

@@ -19,7 +19,7 @@ def run(*arguments: str | bytes) -> subprocess.CompletedProcess[str]:
     ("arguments", "status", "said"),
     [
         ([], 2, "required: --end"),
-        (["--end=bridge"], 2, "only tap, stream, loopback, sink, source, peer, switch"),
+        (["--end=bridge"], 2, "only tap, stream, dgram, loopback, sink, source, peer, switch"),
         (["--end=switch:forever"], 2, "is not a number from 0 to 1000000"),
         (["--end=peer:x"], 2, "takes nothing behind it"),
         (["--end=peer"], 2, "joins two sockets, not 1"),
@@ -42,6 +42,9 @@ def run(*arguments: str | bytes) -> subprocess.CompletedProcess[str]:
         (["--end=stream:" + "x" * 108], 2, "at most 107 bytes"),
         (["--end=stream:/x", "--queue-pairs=2"], 1, "one connection is one queue pair, not 2"),
         (["--end=stream:listen=/nowhere/x"], 1, "/nowhere/x: No such file or directory"),
+        (["--end=dgram:/x"], 2, "dgram:local=PATH,remote=PATH"),
+        (["--end=dgram:local=/x,remote=" + "y" * 108], 2, "at most 107 bytes"),
+        (["--end=dgram:local=/nowhere/x,remote=/y"], 1, "/nowhere/x: No such file or directory"),
         (["--end=tap:fd="], 2, "is not a number"),
         (["--end=tap:fd=99999999999"], 2, "is not a number"),
         (["--end=tap:fd=7,7"], 2, "a descriptor for each queue pair"),

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.devices.interface import MAC, Interface, frame
-from vhostuser.devices.ends import TSO, EndError
+from vhostuser.devices.ends import TSO, End, EndError
 from vhostuser.devices.net import FRAMES, MTU_MOST, Net, NetSettings
-from vhostuser.devices.sockets import Stream
+from vhostuser.devices.sockets import Datagram, Stream
 from vhostuser.testing.leaks import no_open_fds
 
 LONGEST = 65557
-Attended = Callable[[Stream], Awaitable[Interface]]
+Attended = Callable[[End], Awaitable[Interface]]
 
 
 def wire(*frames: bytes) -> bytes:
@@ -92,7 +92,7 @@ async def attended() -> AsyncIterator[Attended]:
     """Makes started interfaces, whose ends are attended until the end of the test."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def make(end: Stream, **options: int) -> Interface:
+        async def make(end: End, **options: int) -> Interface:
             interface = Interface(end, NetSettings(mtu=MTU_MOST), **options)
             stack.push_async_callback(interface.close)
             attending = asyncio.ensure_future(interface.device.attend())
@@ -291,3 +291,103 @@ def test_what_a_stream_cannot_do_is_not_offered() -> None:
     assert not Net(Stream("/nowhere")).features & sum(1 << feature for feature in TSO)
     with pytest.raises(EndError, match="one queue pair, not 2"):
         Stream("/nowhere", 2)
+
+
+# ---- datagrams
+
+
+@pytest.fixture
+async def datagrams(attended: Attended, tmp_path: Path) -> AsyncIterator[tuple[Interface, socket.socket]]:
+    """A guest, and the other side, bound and not connected, as QEMU's is."""
+    local, remote = str(tmp_path / "local"), str(tmp_path / "remote")
+    ours, theirs = [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
+    ours.bind(local)
+    theirs.bind(remote)
+    theirs.setblocking(False)
+    end = Datagram(ours, remote)
+    yield await attended(end), theirs
+    theirs.close()
+    end.close()
+
+
+async def got(sock: socket.socket) -> bytes:
+    return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1 << 17), 10)
+
+
+async def test_a_datagram_is_a_frame(datagrams: tuple[Interface, socket.socket], tmp_path: Path) -> None:
+    guest, other = datagrams
+    for size in (14, 60, 1514, LONGEST - 100):
+        other.sendto(frame(size), str(tmp_path / "local"))
+        assert [data for _, data in await guest.receive(1)] == [frame(size)]
+    for size in (14, 60, 1514, 2036):
+        guest.send(frame(size))
+        data, sender = await asyncio.get_running_loop().sock_recvfrom(other, 1 << 17)
+        assert (data, sender) == (frame(size), str(tmp_path / "local")), "the other side knows us by our path"
+
+
+async def test_what_is_no_frame_is_dropped_and_counted(
+    datagrams: tuple[Interface, socket.socket], tmp_path: Path
+) -> None:
+    guest, other = datagrams
+    for size in (0, 1, 13, LONGEST + 1, 100_000):
+        other.sendto(bytes(size), str(tmp_path / "local"))
+        other.sendto(frame(60, size), str(tmp_path / "local"))
+        assert [data for _, data in await guest.receive(1)] == [frame(60, size)]
+    assert guest.dropped(0) == {"runt": 3, "oversize": 2}
+
+
+async def test_a_full_queue_keeps_frames_in_the_ring(datagrams: tuple[Interface, socket.socket]) -> None:
+    """The other side's takes 10, unless the system was told otherwise (net.unix.max_dgram_qlen)."""
+    guest, other = datagrams
+    sent, left = 600, list(range(600))
+    for seed in range(sent):
+        while left and guest.sender.send([frame(60, left[0])]):
+            left.pop(0)
+        guest.publish(1)
+        assert await got(other) == frame(60, seed)
+        guest.sender.collect()
+    assert not guest.dropped(1)
+
+
+async def test_who_is_not_there_gets_nothing_and_who_comes_again_does(
+    datagrams: tuple[Interface, socket.socket], tmp_path: Path
+) -> None:
+    guest, other = datagrams
+    guest.send(frame(60, 1))
+    assert await got(other) == frame(60, 1)
+    other.close()
+    guest.send(frame(60, 2))
+    await guest.sent(2)
+    (tmp_path / "remote").unlink()
+    guest.send(frame(60, 3))
+    await guest.sent(1)
+    assert guest.dropped(1) == {"refused": 2}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as again:
+        again.bind(str(tmp_path / "remote"))
+        again.setblocking(False)
+        again.sendto(frame(61), str(tmp_path / "local"))
+        assert [data for _, data in await guest.receive(1)] == [frame(61)]
+        guest.send(frame(60, 4))
+        assert await got(again) == frame(60, 4)
+
+
+async def test_one_who_listens_to_us_alone_is_sent_to_as_well(
+    datagrams: tuple[Interface, socket.socket], tmp_path: Path
+) -> None:
+    """Connected: it refuses the socket that we would ask for room."""
+    guest, other = datagrams
+    other.connect(str(tmp_path / "local"))
+    for start in range(0, 300, 30):
+        guest.send(*[frame(2000, seed) for seed in range(start, start + 30)])
+        for seed in range(start, start + 30):
+            assert await got(other) == frame(2000, seed)
+        await guest.sent(30)
+    assert not guest.dropped(1)
+
+
+def test_a_datagram_socket_has_one_pair() -> None:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
+        pytest.raises(EndError, match="one queue pair, not 2"),
+    ):
+        Datagram(sock, "/nowhere", 2)

@@ -124,3 +124,15 @@ async def test_a_guest_behind_the_stream_of_another_qemu(bench: Bench, listens: 
         await exchange(bench, host)
     assert await backend.stop(within=5) == 0
     assert socket.exists() is not listens
+
+
+async def test_a_guest_behind_the_datagrams_of_another_qemu(bench: Bench) -> None:
+    host = bench.namespace(f"{HOST}/24")
+    ours, qemus = bench.directory / "ours.sock", bench.directory / "qemus.sock"
+    backend = await bench.network(f"--end=dgram:local={ours},remote={qemus}", namespace=host)
+    netdev = f"dgram,local.type=unix,local.path={qemus},remote.type=unix,remote.path={ours}"
+    async with qemu(host, netdev):
+        await boot(bench, backend)
+        await exchange(bench, host)
+    assert await backend.stop(within=5) == 0
+    assert not ours.exists()

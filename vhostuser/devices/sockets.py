@@ -97,6 +97,33 @@ class Stream(End):
         return f"stream {self._path}"
 
 
+class Datagram(End):
+    """Datagrams of a Unix socket, one frame each: QEMU's ``-netdev dgram``. Who is at the other side is asked with each
+    frame, so that it may go and come again. No offloads, as with ``Stream``."""
+
+    kind = "dgram"
+
+    def __init__(self, sock: socket.socket, peer: str, pairs: int = 1) -> None:
+        """``sock`` is bound, and ours from here; ``peer`` is the path of the other side's. Raises EndError."""
+        if pairs != 1:
+            raise EndError(f"dgram {peer}: one socket is one queue pair, not {pairs}")
+        self.pairs = 1
+        self._peer = peer
+        sock.setblocking(False)
+        gauge = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._sockets = (sock, gauge)
+        error = ffi.new("int *")
+        native = lib.vu_end_datagram(sock.fileno(), gauge.fileno(), os.fsencode(peer), error)
+        self.native = ffi.gc(made(native, error, str(self)), lib.vu_end_free)
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+    def __str__(self) -> str:
+        return f"dgram {self._peer}"
+
+
 async def _hung_up(fd: int) -> None:
     """Waits until one of both sides has ended the connection, whatever is still to be read from it."""
     loop, over = asyncio.get_running_loop(), asyncio.Event()

@@ -570,6 +570,9 @@ vu_end *vu_end_stream(int *error);
 int vu_stream_attach(vu_end *end, int fd);
 /* The length of the frame for which the connection was closed, or -1. */
 int64_t vu_stream_refused(const vu_end *end);
+/* Datagrams of a Unix socket, one frame each, to the socket at the path `peer`. fd: bound; gauge: a second socket, which
+ * nothing is sent over; the caller keeps both open while the end exists. One pair. */
+vu_end *vu_end_datagram(int fd, int gauge, const char *peer, int *error);
 void vu_end_free(vu_end *end);
 /* What the guest's driver accepts (VIRTIO_NET_F_GUEST_): as the kind of end needs to know. 0 or VU_E_SYS. */
 int vu_end_accept(vu_end *end, uint64_t features);

@@ -383,7 +383,7 @@ vu_capture *vu_capture_new(uint32_t interfaces, uint32_t snap, int *error)
         return NULL;
     }
     capture->interfaces = interfaces;
-    capture->snap = snap;
+    capture->snap = (uint32_t)vu_least(snap, VU_NET_FRAME_MOST);
     *error = vu_mailbox_open(&capture->box);
     if (!*error)
         return capture;

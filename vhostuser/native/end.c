@@ -1,8 +1,10 @@
 /*
- * What all ends of a network device share: copying frames out of guest memory, and what a kind of end need not do.
+ * What all ends of a network device share: frames out of guest memory, frames that are read before they are taken, and what
+ * a kind of end need not do.
  *
- * What does not belong here: where frames go (end_measure.c, end_tap.c, end_stream.c, hub.c), which frames may pass (net.c).
+ * What does not belong here: where frames go (end_measure.c, end_tap.c, end_stream.c, end_datagram.c, hub.c), which frames may pass (net.c).
  */
+#include <errno.h>
 #include <string.h>
 
 #include "net.h"
@@ -41,17 +43,62 @@ void vu_packets_copy(const vu_map *map, struct vu_packet *packets, uint8_t *cons
         copy_guarded(map, packets, to, count, &at);
 }
 
-int vu_packet_vectors(const struct vu_packet *packet, struct iovec *iov, int count, int most)
+/* The count with those before, or more than there may be. */
+static int vectors(const struct vu_packet *packet, struct iovec *iov, int count)
 {
     const vu_segment *segment = packet->segments;
     uint64_t skip = packet->skip, left = packet->length;
-    for (; left && count < most; segment++) {
+    for (; left && count < VU_NET_VECTORS; segment++) {
         uint64_t part = vu_least(segment->length - skip, left);
         iov[count++] = (struct iovec){segment->host + skip, part};
         left -= part;
         skip = 0;
     }
-    return left ? most + 1 : count;
+    return left ? VU_NET_VECTORS + 1 : count;
+}
+
+int vu_packet_gather(const vu_map *map, struct vu_packet *packet, struct vu_gathered *gathered, int first)
+{
+    uint8_t *to = gathered->copy;
+    int count = vectors(packet, gathered->iov, first);
+    if (count <= VU_NET_VECTORS)
+        return count;
+    vu_packets_copy(map, packet, &to, 1);
+    gathered->iov[first] = (struct iovec){gathered->copy, packet->length};
+    errno = EFAULT;
+    return packet->drop == VU_DROP_NONE ? first + 1 : -1;
+}
+
+/* ---- frames of a descriptor that keeps them apart ---------------------------------------------------------------------- */
+
+static void read_frames(struct vu_inbox *inbox, vu_read_frame *read_frame, void *of)
+{
+    enum { LINE = 64 }; /* frames begin at a cache line */
+    uint32_t used = 0;
+    inbox->first = inbox->count = 0;
+    while (inbox->count < VU_NET_BATCH && used + VU_NET_FRAME_MOST <= sizeof inbox->received) {
+        struct vu_frame *frame = &inbox->frames[inbox->count];
+        *frame = (struct vu_frame){.bytes = inbox->received + used};
+        if (!read_frame(of, frame))
+            break;
+        inbox->count++;
+        used += ((uint32_t)vu_least(frame->length, VU_NET_FRAME_MOST) + LINE - 1) & ~(uint32_t)(LINE - 1);
+    }
+}
+
+uint32_t vu_inbox_look(struct vu_inbox *inbox, vu_read_frame *read_frame, void *of, struct vu_frame *frames, uint32_t max)
+{
+    if (!inbox->count)
+        read_frames(inbox, read_frame, of);
+    uint32_t count = (uint32_t)vu_least(inbox->count, max);
+    memcpy(frames, inbox->frames + inbox->first, count * sizeof *frames);
+    return count;
+}
+
+void vu_inbox_take(struct vu_inbox *inbox, uint32_t count)
+{
+    inbox->first += count;
+    inbox->count -= count;
 }
 
 /* ---- for Python -------------------------------------------------------------------------------------------------------- */

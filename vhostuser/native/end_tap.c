@@ -27,26 +27,17 @@
 #define VIRTIO_NET_F_GUEST_USO6 55
 #endif
 
-enum {
-    VECTORS = 1024, /* the kernel's UIO_MAXIOV */
-    BUFFER = 4 * VU_NET_FRAME_MOST,
-    LINE = 64, /* frames begin at a cache line */
-};
-
 /* One half is the receiving thread's, the other the sending one's. */
 struct tap_pair {
     int fd;
+    bool vnet;
     bool gone; /* the interface was removed: its descriptor is of no use any more, and readable for ever */
-    uint32_t first, count; /* of `frames`, not yet taken */
-    struct vu_frame frames[VU_NET_BATCH];
-    uint8_t received[BUFFER];
-    struct iovec iov[VECTORS];
-    uint8_t sent[VU_NET_FRAME_MOST]; /* a frame in too many pieces for one system call */
+    struct vu_inbox in;
+    struct vu_gathered out;
 };
 
 struct tap {
     vu_end end;
-    bool vnet;
     struct tap_pair pairs[];
 };
 
@@ -57,47 +48,28 @@ static struct tap_pair *pair_of(const vu_end *end, uint32_t pair)
 
 /* ---- receiving ---------------------------------------------------------------------------------------------------------- */
 
-static bool read_frame(const struct tap *tap, struct tap_pair *pair, struct vu_frame *frame)
+static bool read_frame(void *of, struct vu_frame *frame)
 {
+    struct tap_pair *pair = of;
     struct iovec iov[2] = {{&frame->header, VU_NET_HEADER}, {frame->bytes, VU_NET_FRAME_MOST}};
-    int skip = !tap->vnet;
-    ssize_t length = readv(pair->fd, iov + skip, 2 - skip);
+    int skip = !pair->vnet;
+    ssize_t length = pair->gone ? 0 : readv(pair->fd, iov + skip, 2 - skip);
     if (length < 0)
         pair->gone = errno != EAGAIN && errno != EINTR && errno != ENOBUFS && errno != ENOMEM;
-    length -= tap->vnet ? VU_NET_HEADER : 0;
+    length -= pair->vnet ? VU_NET_HEADER : 0;
     frame->length = length > 0 ? (uint32_t)length : 0;
     return length > 0;
-}
-
-static void read_frames(const struct tap *tap, struct tap_pair *pair)
-{
-    uint32_t used = 0;
-    pair->first = pair->count = 0;
-    while (!pair->gone && pair->count < VU_NET_BATCH && used + VU_NET_FRAME_MOST <= BUFFER) {
-        struct vu_frame *frame = &pair->frames[pair->count];
-        *frame = (struct vu_frame){.bytes = pair->received + used};
-        if (!read_frame(tap, pair, frame))
-            break;
-        pair->count++;
-        used += (frame->length + LINE - 1) & ~(uint32_t)(LINE - 1);
-    }
 }
 
 static uint32_t look(vu_end *end, uint32_t pair, struct vu_frame *frames, uint32_t max)
 {
     struct tap_pair *of = pair_of(end, pair);
-    if (!of->count)
-        read_frames((struct tap *)end, of);
-    uint32_t count = (uint32_t)vu_least(of->count, max);
-    memcpy(frames, of->frames + of->first, count * sizeof *frames);
-    return count;
+    return vu_inbox_look(&of->in, read_frame, of, frames, max);
 }
 
 static void take(vu_end *end, uint32_t pair, uint32_t count)
 {
-    struct tap_pair *of = pair_of(end, pair);
-    of->first += count;
-    of->count -= count;
+    vu_inbox_take(&pair_of(end, pair)->in, count);
 }
 
 static int receive_fd(const vu_end *end, uint32_t pair)
@@ -109,29 +81,18 @@ static int receive_fd(const vu_end *end, uint32_t pair)
 /* ---- sending ------------------------------------------------------------------------------------------------------------- */
 
 /* Bytes, or -1 and errno. */
-static ssize_t write_frame(const struct tap *tap, struct tap_pair *pair, const vu_map *map, struct vu_packet *packet)
+static ssize_t write_frame(struct tap_pair *pair, const vu_map *map, struct vu_packet *packet)
 {
-    int count = tap->vnet;
-    pair->iov[0] = (struct iovec){&packet->header, VU_NET_HEADER};
-    count = vu_packet_vectors(packet, pair->iov, count, VECTORS);
-    if (count > VECTORS) {
-        uint8_t *to = pair->sent;
-        vu_packets_copy(map, packet, &to, 1);
-        if (packet->drop != VU_DROP_NONE) {
-            errno = EFAULT; /* as writev says where memory is lost under it */
-            return -1;
-        }
-        count = tap->vnet;
-        pair->iov[count++] = (struct iovec){pair->sent, packet->length};
-    }
-    return writev(pair->fd, pair->iov, count);
+    pair->out.iov[0] = (struct iovec){&packet->header, VU_NET_HEADER};
+    int count = vu_packet_gather(map, packet, &pair->out, pair->vnet);
+    return count < 0 ? -1 : writev(pair->fd, pair->out.iov, count);
 }
 
 static uint32_t send(vu_end *end, uint32_t pair, const vu_map *map, struct vu_packet *packets, uint32_t count)
 {
     struct tap_pair *of = pair_of(end, pair);
     for (uint32_t i = 0; i < count; i++) {
-        ssize_t written = write_frame((struct tap *)end, of, map, &packets[i]);
+        ssize_t written = write_frame(of, map, &packets[i]);
         if (written < 0 && errno == EAGAIN)
             return i;
         if (written < 0)
@@ -147,10 +108,10 @@ static struct pollfd room(const vu_end *end, uint32_t pair)
 
 static bool inject(vu_end *end, const uint8_t *bytes, uint32_t length)
 {
-    struct tap *tap = (struct tap *)end;
+    const struct tap_pair *pair = pair_of(end, 0);
     struct virtio_net_hdr header = {0};
     struct iovec iov[2] = {{&header, VU_NET_HEADER}, {(void *)bytes, length}};
-    return writev(tap->pairs[0].fd, iov + !tap->vnet, 1 + tap->vnet) > 0;
+    return writev(pair->fd, iov + !pair->vnet, 1 + pair->vnet) > 0;
 }
 
 /* ---- the whole -------------------------------------------------------------------------------------------------------------- */
@@ -176,16 +137,16 @@ static unsigned offloads(uint64_t features)
 /* The setting is the interface's: one descriptor speaks for all. */
 static int accept_offloads(vu_end *end, uint64_t features)
 {
-    struct tap *tap = (struct tap *)end;
-    if (!tap->vnet)
+    const struct tap_pair *pair = pair_of(end, 0);
+    if (!pair->vnet)
         return 0;
-    return ioctl(tap->pairs[0].fd, TUNSETOFFLOAD, offloads(features)) < 0 ? VU_E_SYS : 0;
+    return ioctl(pair->fd, TUNSETOFFLOAD, offloads(features)) < 0 ? VU_E_SYS : 0;
 }
 
 static void flush(vu_end *end)
 {
     for (uint32_t i = 0; i < end->pairs; i++)
-        pair_of(end, i)->count = 0;
+        pair_of(end, i)->in.count = 0;
 }
 
 static void free_tap(vu_end *end)
@@ -218,8 +179,9 @@ vu_end *vu_end_tap(const int *fds, uint32_t pairs, int vnet, int *error)
         return NULL;
     }
     tap->end = (vu_end){&kind, pairs};
-    tap->vnet = vnet;
-    for (uint32_t i = 0; i < pairs; i++)
+    for (uint32_t i = 0; i < pairs; i++) {
         tap->pairs[i].fd = fds[i];
+        tap->pairs[i].vnet = vnet;
+    }
     return &tap->end;
 }

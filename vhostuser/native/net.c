@@ -187,6 +187,10 @@ bool vu_net_cuts(const vu_net *net, const struct vu_frame *frame, struct vu_cut 
 
 enum vu_drop vu_net_refuse(const vu_net *net, const struct vu_frame *frame)
 {
+    if (frame->length < VU_NET_ETHER)
+        return VU_DROP_RUNT;
+    if (frame->length > VU_NET_FRAME_MOST)
+        return VU_DROP_OVERSIZE;
     if (frame->header.gso_type != VIRTIO_NET_HDR_GSO_NONE && !takes_kind(net, frame))
         return VU_DROP_SEGMENTATION;
     if (frame->header.gso_type == VIRTIO_NET_HDR_GSO_NONE && frame->length > net->most)

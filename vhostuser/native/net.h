@@ -16,6 +16,7 @@ enum {
     VU_NET_ETHER = VU_FRAME_LEAST,
     VU_NET_VERSION_1 = 32, /* the feature bit VIRTIO_F_VERSION_1 */
     VU_NET_FRAME_MOST = VU_FRAME_MOST,
+    VU_NET_VECTORS = 1024,                        /* the kernel's UIO_MAXIOV */
     VU_NET_BATCH = 64,                            /* frames moved at once */
     VU_NET_HELD = 1024,                           /* chains that a ring's thread has at once; a power of two */
     VU_NET_COUNTERS = sizeof(struct vu_net_stats) / sizeof(uint64_t),
@@ -177,7 +178,31 @@ int vu_held_give_back(struct vu_held *held, vu_queue *queue);
 
 /* Copies each packet out of guest memory to where `to` says; a packet that is gone is marked as dropped. [touches] */
 void vu_packets_copy(const vu_map *map, struct vu_packet *packets, uint8_t *const *to, uint32_t count);
-/* Vectors of a packet's bytes, behind those that are there: the new count, or more than `most` if there is no room. */
-int vu_packet_vectors(const struct vu_packet *packet, struct iovec *iov, int count, int most);
+
+/* Of one sender: a packet as one system call takes it. */
+struct vu_gathered {
+    struct iovec iov[VU_NET_VECTORS];
+    uint8_t copy[VU_NET_FRAME_MOST]; /* of a packet in more pieces */
+};
+
+/* Vectors of a packet's bytes, from number `first` on: the count with those before; or -1 and EFAULT, as a system call says
+ * it that finds memory lost. [touches] */
+int vu_packet_gather(const vu_map *map, struct vu_packet *packet, struct vu_gathered *gathered, int first);
+
+/* Of one receiver: frames that were read from a descriptor which keeps them apart, and are not taken. They are read into
+ * memory of ours: their length is not known before, so that guest buffers for the longest would have to be held ready for
+ * every read, and none of them may be missing. */
+struct vu_inbox {
+    uint32_t first, count;
+    struct vu_frame frames[VU_NET_BATCH];
+    uint8_t received[4 * VU_NET_FRAME_MOST];
+};
+
+/* Reads a frame to frame->bytes: false if none is there. Of a longer one than VU_NET_FRAME_MOST the beginning, and
+ * frame->length says so. */
+typedef bool vu_read_frame(void *of, struct vu_frame *frame);
+/* As look and take of an end. */
+uint32_t vu_inbox_look(struct vu_inbox *inbox, vu_read_frame *read_frame, void *of, struct vu_frame *frames, uint32_t max);
+void vu_inbox_take(struct vu_inbox *inbox, uint32_t count);
 
 #endif
