@@ -10,11 +10,10 @@ import asyncio
 import errno
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from vhostuser import pcapng
+from vhostuser import pcapng, threads
 from vhostuser._native import ffi, lib
 from vhostuser.devices.ends import End, EndError, made
 from vhostuser.metrics import Kind, Metric, Sample
@@ -53,8 +52,7 @@ class Capture:
         except OSError as failed:
             raise EndError(f"{self}: {failed.strerror}") from None
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._write, name="capture", daemon=True)
-        self._thread.start()
+        self._thread = threads.spawn(self._write, "capture")
 
     def end(self, inner: End, port: int) -> Captured:
         """The end of a device whose frames go on to ``inner``. Raises EndError."""
