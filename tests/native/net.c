@@ -4,12 +4,15 @@
  *     net SEED ROUNDS
  *
  * Random chains and random headers go through two ports of a hub, part of guest memory being lost in some rounds; a tap,
- * played by a socket, is full or gets frames that are lost; frames are cut; then threads fill one mailbox while another
- * empties it. What is right frame by frame is judged by the tests in Python; here that no input touches memory that is not
- * ours, that every buffer comes back, and that what arrives is whole and in order.
+ * played by a socket, is full or gets frames that are lost; frames are cut; a stream's connection is replaced under its threads, while
+ * what passes is recorded; then threads fill one mailbox while another empties it. What is right frame by frame is judged
+ * by the tests in Python; here that no input touches memory that is not ours, that every buffer comes back, and that what
+ * arrives is whole and in order.
  * Exit status 0, or a line on stderr and 1.
  */
 #define _GNU_SOURCE
+#include <endian.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -284,6 +287,98 @@ static void cut_once(void)
     free(whole.bytes);
 }
 
+/* ---- a stream whose connection is replaced under its threads, and which is recorded ---------------------------------------- */
+
+struct party {
+    vu_end *end;
+    vu_map *map;
+    vu_capture *capture;
+    int null, stop;
+    _Atomic bool over;
+};
+
+static void *keeps_sending(void *of)
+{
+    static uint8_t bytes[3000];
+    struct party *party = of;
+    vu_segment segment = {bytes, sizeof bytes, 0};
+    while (!atomic_load(&party->over)) {
+        struct vu_packet packet = {.drop = VU_DROP_NONE, .count = 1, .length = sizeof bytes, .segments = &segment};
+        party->end->kind->send(party->end, 0, party->map, &packet, 1);
+        party->end->kind->unsent(party->end, 0);
+    }
+    return NULL;
+}
+
+static void *keeps_receiving(void *of)
+{
+    struct party *party = of;
+    struct vu_frame frames[VU_NET_BATCH];
+    while (!atomic_load(&party->over)) {
+        uint32_t count = party->end->kind->look(party->end, 0, frames, VU_NET_BATCH);
+        for (uint32_t i = 0; i < count; i++)
+            CHECK(frames[i].length >= VU_FRAME_LEAST && frames[i].length <= VU_FRAME_MOST);
+        party->end->kind->take(party->end, 0, count);
+    }
+    return NULL;
+}
+
+static void *keeps_writing(void *of)
+{
+    struct party *party = of;
+    while (vu_capture_write(party->capture, party->null, party->stop))
+        ;
+    return NULL;
+}
+
+/* Frames, and sometimes a length that none has; or anything. */
+static void speak(int fd)
+{
+    uint8_t bytes[5000];
+    bool sane = below(2);
+    for (int n = (int)below(8); n; n--) {
+        uint32_t length = (uint32_t)(below(20) ? 14 + below(4000) : below(14)), prefix = htobe32(length);
+        for (size_t i = 0; i < sizeof bytes; i++)
+            bytes[i] = (uint8_t)any();
+        if (sane)
+            memcpy(bytes, &prefix, sizeof prefix);
+        send(fd, bytes, sane ? length + 4 : 1 + below(sizeof bytes), MSG_NOSIGNAL);
+        while (recv(fd, bytes, sizeof bytes, 0) > 0 && below(4))
+            ;
+    }
+}
+
+static void replaced(void)
+{
+    static void *(*const bodies[])(void *) = {keeps_sending, keeps_receiving, keeps_writing};
+    struct party party = {.null = open("/dev/null", O_WRONLY), .stop = eventfd(0, 0)};
+    pthread_t threads[3];
+    int error;
+    vu_end *stream = vu_end_stream(&error);
+    CHECK(stream && (party.capture = vu_capture_new(1, 100, &error)) && (party.map = vu_map_new(NULL, 0, &error)));
+    CHECK(party.end = vu_capture_end(party.capture, stream, 0, &error));
+    for (int i = 0; i < 3; i++)
+        CHECK(pthread_create(&threads[i], NULL, bodies[i], &party) == 0);
+    for (int round = 0; round < 300; round++) {
+        int fds[2];
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, fds) == 0);
+        CHECK(vu_stream_attach(stream, fds[0]) == 0);
+        vu_end_inject(party.end, (uint8_t[60]){0}, 60);
+        speak(fds[1]);
+        close(fds[1]);
+    }
+    atomic_store(&party.over, true);
+    CHECK(eventfd_write(party.stop, 1) == 0);
+    for (int i = 0; i < 3; i++)
+        pthread_join(threads[i], NULL);
+    vu_end_free(party.end);
+    vu_end_free(stream);
+    vu_capture_free(party.capture);
+    vu_map_put(party.map);
+    close(party.null);
+    close(party.stop);
+}
+
 /* ---- one mailbox, many threads ---------------------------------------------------------------------------------------- */
 
 enum { SENDERS = 3, FRAMES = 20000 };
@@ -425,6 +520,7 @@ int main(int argc, char **argv)
     counted_once(stop);
     if (!KEEPS_SIGNALS)
         kept_sender();
+    replaced();
     crowd();
     close(stop);
     puts("ok");
