@@ -120,6 +120,7 @@ async def test_frames_go_behind_their_lengths_both_ways(attended: Attended, serv
         assert await peer.frame() == data
     peer.send(*frames, frame(LONGEST))
     assert [data for _, data in await guest.receive(5)] == [*frames, frame(LONGEST)]
+    await guest.sent(4)
     assert guest.counted(FRAMES, 1) == 4 and guest.counted(FRAMES, 0) == 5
 
 
