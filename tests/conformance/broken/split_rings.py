@@ -50,7 +50,8 @@ def serves_one_request_a_kick() -> None:
 
     def finished(disk: Disk, queue: Queue, chain: Chain) -> None:
         finish(disk, queue, chain)
-        done.add(queue)
+        if not queue.setup.features & (VirtioFeature.RING_EVENT_IDX.mask | VirtioFeature.RING_INDIRECT_DESC.mask):
+            done.add(queue)
 
     def left(queue: Queue) -> int:
         return 0 if queue in done else waiting(queue)
