@@ -36,7 +36,7 @@ def install() -> None:
     blk.BlkEngine = Disk  # type: ignore[misc,assignment]
     net.NetEngine = Interface  # type: ignore[misc,assignment]
     net._Discard = Discard  # type: ignore[misc,assignment]
-    network._interface = lambda options: net.Net(Loop(options.queue_pairs))
+    network._interfaces = lambda options, sockets: [net.Net(Loop(options.queue_pairs)) for _ in sockets]
     InflightRegion.map = Inflight.map  # type: ignore[method-assign,assignment]
 
 

@@ -61,7 +61,7 @@ async def _(peer: Peer) -> None:
     check(duplex in (0, 1, 0xFF), "duplex 0, 1 or 255", str(duplex))
 
 
-@CASES.should("config.read-only", "A driver cannot write to the space.", CONFIG)
+@CASES.should("config.read-only", "A driver cannot write to the space.", CONFIG, Need.NET)
 async def _(peer: Peer) -> None:
     before = await _space(peer)
     reaction = await peer.react(F.SET_CONFIG, Config(0, 6, 0, b"\x02\x03\x04\x05\x06\x07"))
