@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 from collections import deque
 from dataclasses import replace
 from struct import pack, unpack_from
@@ -72,6 +73,7 @@ class Interface(Engine):
         self.mtu = mtu
         self.end: Loop = end
         self.features = features
+        self.sending = threading.local()
         self.held: dict[int, list[Chain]] = {}
         """By ring: buffers that were taken and not used yet."""
 
@@ -108,12 +110,13 @@ class Interface(Engine):
         return 0
 
     def finish(self, queue: Queue, chain: Chain) -> None:
-        self.sending = queue.index // 2
+        self.sending.pair = queue.index // 2
         super().finish(queue, chain)
 
     def pair_of(self, chain: Chain) -> int:
-        """Of the ring from which it comes; one thread at a time is in here, for it holds the interpreter."""
-        return self.sending
+        """Of the ring from which it comes, which has a thread of its own."""
+        pair: int = self.sending.pair
+        return pair
 
     def forward(self, pair: int, frame: Frame) -> None:
         """To where it is received."""
