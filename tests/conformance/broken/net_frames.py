@@ -267,7 +267,7 @@ def delays_frames_of_odd_length() -> None:
 
 
 @net_fault("net.transmit.one-kick")
-def sends_one_frame_a_kick() -> None:
+def sends_one_of_many_frames_a_kick() -> None:
     finish, waiting, arm = Interface.finish, Queue.waiting, Queue.arm
     done: set[Queue] = set()
 
@@ -276,11 +276,11 @@ def sends_one_frame_a_kick() -> None:
         done.add(queue)
 
     def left(queue: Queue) -> int:
-        return 0 if queue in done else waiting(queue)
+        return 0 if queue in done and waiting(queue) > 50 else waiting(queue)
 
     def armed(queue: Queue) -> bool:
         arm(queue)
-        found = queue in done
+        found = queue in done and waiting(queue) > 50
         done.discard(queue)
         return not found and bool(waiting(queue))
 
@@ -292,12 +292,12 @@ def sends_one_frame_a_kick() -> None:
 
 
 @net_fault("net.transmit.used-length")
-def says_that_it_wrote_what_it_read() -> None:
+def says_that_it_wrote_frames_of_117_bytes() -> None:
     right = Interface.serve
 
     def serve(device: Interface, chain: Chain) -> int:
         right(device, chain)
-        return chain.to_read
+        return chain.to_read if chain.to_read - device.header_size() == 117 else 0
 
     override(Interface, serve=serve)
 
@@ -337,8 +337,11 @@ def _ignores_write(where: Callable[[Queue], bool], flags: int) -> None:
     "net.transmit.huge",
 )
 def dies_of_a_broken_ring() -> None:
+    right = Queue.broken_by
+
     def broken_by(queue: Queue, code: int, head: int = -1) -> QueueBroken:
-        crash()
-        raise AssertionError
+        if queue.started and code != lib.VU_E_FAULT:
+            crash()
+        return right(queue, code, head)
 
     override(Queue, broken_by=broken_by)
