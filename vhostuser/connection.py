@@ -7,7 +7,8 @@ what memory is mapped (``regions``).
 Everything runs on the control thread and nothing touches guest memory. Requests are done strictly in order: a front-end
 without REPLY_ACK takes the answer to a later GET_FEATURES for the end of the requests before it. A request that must
 see a ring stopped therefore waits for its thread; the loop serves other connections meanwhile and watches the socket
-for the loss of the front-end. No request waits for what goes on by itself, such as the start of a device.
+for the loss of the front-end. No request waits for what goes on by itself, such as the start of a device; only
+CHECK_DEVICE_STATE does, whose answer is how it ended, and then until the front-end leaves at the latest.
 """
 
 from __future__ import annotations
