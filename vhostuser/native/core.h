@@ -28,6 +28,29 @@ static inline uint64_t vu_least(uint64_t a, uint64_t b)
     return a < b ? a : b;
 }
 
+/* ---- what will be needed soon -------------------------------------------------------------------------------- */
+
+#define VU_LINE 64 /* bytes of a line of the cache, nearly everywhere */
+
+/* Volatile: gcc takes a function that does nothing but __builtin_prefetch for one without any effect, and leaves out its
+ * calls (seen with gcc 12). No address is wrong here. */
+static inline void vu_prefetch(const uint8_t *at)
+{
+    __builtin_prefetch(at);
+    __asm__ volatile("");
+}
+
+/* To be written: without PREFETCHW, which gcc leaves to who asks for it, the other CPU would be asked twice. */
+static inline void vu_prefetch_to_write(const uint8_t *at)
+{
+#ifdef __x86_64__
+    __asm__ volatile("prefetchw %0" : : "m"(*at));
+#else
+    __builtin_prefetch(at, 1);
+    __asm__ volatile("");
+#endif
+}
+
 /* ---- counters --------------------------------------------------------------------------------------------- */
 
 /* Adds to a counter that one thread writes and any may read: no locked instruction. */

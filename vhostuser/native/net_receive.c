@@ -245,7 +245,9 @@ static void prefetch(const struct receive *run, uint32_t frames)
         if (!run->placements[i].count)
             continue;
         const vu_chain *chain = vu_held_at(&run->held, run->placements[i].first);
-        __builtin_prefetch(chain->segments[chain->readable_count].host, 1);
+        const uint8_t *host = chain->segments[chain->readable_count].host;
+        vu_prefetch_to_write(host);
+        vu_prefetch_to_write((const uint8_t *)((uintptr_t)host + VU_LINE));
     }
 }
 

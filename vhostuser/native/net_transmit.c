@@ -32,8 +32,10 @@ static void prefetch(const struct transmit *run, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++) {
         const vu_chain *chain = vu_held_at(&run->held, i);
-        if (chain->readable_count)
-            __builtin_prefetch(chain->segments->host);
+        if (!chain->readable_count)
+            continue;
+        vu_prefetch(chain->segments->host);
+        vu_prefetch((const uint8_t *)((uintptr_t)chain->segments->host + VU_LINE));
     }
 }
 
