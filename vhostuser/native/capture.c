@@ -230,11 +230,6 @@ static void flush(vu_end *end)
     inner_of(end)->kind->flush(inner_of(end));
 }
 
-static void free_captured(vu_end *end)
-{
-    free(end);
-}
-
 static const struct vu_end_kind kind = {
     .look = look,
     .take = take,
@@ -249,7 +244,7 @@ static const struct vu_end_kind kind = {
     .inject = inject,
     .accept = accept_features,
     .flush = flush,
-    .free = free_captured,
+    .free = vu_end_is_memory,
 };
 
 vu_end *vu_capture_end(vu_capture *capture, vu_end *inner, uint32_t interface, int *error)

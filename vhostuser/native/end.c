@@ -5,6 +5,7 @@
  * What does not belong here: where frames go (end_measure.c, end_tap.c, end_stream.c, end_datagram.c, hub.c), which frames may pass (net.c).
  */
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "net.h"
@@ -175,4 +176,21 @@ int vu_end_accepts_all(vu_end *end, uint64_t features)
 void vu_end_flushes_none(vu_end *end)
 {
     (void)end;
+}
+
+/* Whole frames only, so that a stream goes on where one begins; and not for ever, whatever the other side sends. */
+void vu_end_flushes_what_comes(vu_end *end)
+{
+    enum { LOOKS = 256 };
+    struct vu_frame frames[VU_NET_BATCH];
+    uint32_t count = 1;
+    for (uint32_t i = 0; i < LOOKS && count; i++) {
+        count = end->kind->look(end, 0, frames, VU_NET_BATCH);
+        end->kind->take(end, 0, count);
+    }
+}
+
+void vu_end_is_memory(vu_end *end)
+{
+    free(end);
 }

@@ -96,23 +96,6 @@ static bool inject(vu_end *end, const uint8_t *bytes, uint32_t length)
 
 /* ---- the whole -------------------------------------------------------------------------------------------------------------- */
 
-/* Not for ever, whatever the other side sends. */
-static void flush(vu_end *end)
-{
-    enum { LOOKS = 256 };
-    struct vu_frame frames[VU_NET_BATCH];
-    uint32_t count = 1;
-    for (uint32_t i = 0; i < LOOKS && count; i++) {
-        count = look(end, 0, frames, VU_NET_BATCH);
-        take(end, 0, count);
-    }
-}
-
-static void free_datagram(vu_end *end)
-{
-    free(end);
-}
-
 static const struct vu_end_kind kind = {
     .look = look,
     .take = take,
@@ -126,8 +109,8 @@ static const struct vu_end_kind kind = {
     .room = room,
     .inject = inject,
     .accept = vu_end_accepts_all,
-    .flush = flush,
-    .free = free_datagram,
+    .flush = vu_end_flushes_what_comes,
+    .free = vu_end_is_memory,
 };
 
 vu_end *vu_end_datagram(int fd, int gauge, const char *peer, int *error)

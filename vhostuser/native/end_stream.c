@@ -269,18 +269,6 @@ static bool inject(vu_end *end, const uint8_t *bytes, uint32_t length)
 
 /* ---- the whole -------------------------------------------------------------------------------------------------------------- */
 
-/* Whole frames only, so that the next one begins where it should; and not for ever, whatever the other side sends. */
-static void flush(vu_end *end)
-{
-    enum { LOOKS = 256 };
-    struct vu_frame frames[VU_NET_BATCH];
-    uint32_t count = 1;
-    for (uint32_t i = 0; i < LOOKS && count; i++) {
-        count = look(end, 0, frames, VU_NET_BATCH);
-        take(end, 0, count);
-    }
-}
-
 static void close_direction(struct direction *direction)
 {
     if (direction->set >= 0)
@@ -311,7 +299,7 @@ static const struct vu_end_kind kind = {
     .room = room,
     .inject = inject,
     .accept = vu_end_accepts_all,
-    .flush = flush,
+    .flush = vu_end_flushes_what_comes,
     .free = free_stream,
 };
 

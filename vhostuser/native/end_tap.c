@@ -149,11 +149,6 @@ static void flush(vu_end *end)
         pair_of(end, i)->in.count = 0;
 }
 
-static void free_tap(vu_end *end)
-{
-    free(end);
-}
-
 static const struct vu_end_kind kind = {
     .look = look,
     .take = take,
@@ -168,7 +163,7 @@ static const struct vu_end_kind kind = {
     .inject = inject,
     .accept = accept_offloads,
     .flush = flush,
-    .free = free_tap,
+    .free = vu_end_is_memory,
 };
 
 vu_end *vu_end_tap(const int *fds, uint32_t pairs, int vnet, int *error)

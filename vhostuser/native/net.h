@@ -98,6 +98,8 @@ bool vu_end_sends_at_once(vu_end *end, uint32_t pair);
 struct pollfd vu_end_has_room(const vu_end *end, uint32_t pair);
 int vu_end_accepts_all(vu_end *end, uint64_t features);
 void vu_end_flushes_none(vu_end *end);
+void vu_end_flushes_what_comes(vu_end *end); /* of one pair */
+void vu_end_is_memory(vu_end *end); /* and nothing else: frees that */
 
 struct vu_end {
     const struct vu_end_kind *kind;
