@@ -277,6 +277,15 @@ async def test_a_driver_that_negotiated_the_mtu_gets_no_longer_packet(connected:
     assert guest.dropped(0) == {"oversize": 1}
 
 
+async def test_an_mtu_that_is_told_while_rings_run_counts_from_then_on(connected: Connected) -> None:
+    guest = await connected(loopback())
+    await guest.pair.frontend.net_set_mtu(1000)
+    for size in (1000 + 23, 1000 + 22):
+        await guest.transmit(bytes(12), frame(size))
+    assert [len(data) for _, data in await guest.receive(1)] == [1022]
+    assert guest.dropped(0) == {"oversize": 1}
+
+
 async def test_a_buffer_that_no_frame_fits_into_is_in_nobodys_way(connected: Connected) -> None:
     guest = await connected(loopback(), features=PLAIN, post=False)
     await guest.running()

@@ -104,6 +104,10 @@ class NetEngine:
         serve = lib.vu_net_transmit if transmits else lib.vu_net_receive
         return serve(self._net, pair, queue.native, kick, stop)
 
+    def set_mtu(self, mtu: int) -> None:
+        """The guest has been told another MTU, in bytes: none that negotiated it gets a longer packet from now on."""
+        lib.vu_net_set_mtu(self._net, mtu)
+
     def stats(self, ring: int) -> dict[str, int]:
         """The counters of ``struct vu_net_stats`` for one ring."""
         stats = ffi.new("struct vu_net_stats *")
@@ -172,6 +176,8 @@ class Net(Device):
         if not MTU_LEAST <= mtu <= MTU_MOST:
             raise RequestRefused(f"an MTU of {mtu} bytes, {MTU_LEAST} to {MTU_MOST} are possible")
         self._mtu = mtu
+        if (engine := self._counted[1]) is not None:
+            engine.set_mtu(mtu)
 
     def announce_guest(self, mac: bytes) -> None:
         """A reverse ARP request (RFC 903) from the guest's address, so that switches learn where it is now."""

@@ -644,6 +644,8 @@ struct vu_net_stats {
 
 vu_net *vu_net_new(const struct vu_net_config *config, int *error);
 void vu_net_free(vu_net *net);
+/* Another MTU than the configured one, from the next frame on; 0: none. From any thread. */
+void vu_net_set_mtu(vu_net *net, uint32_t mtu);
 void vu_net_get_stats(vu_net *net, uint32_t ring, struct vu_net_stats *stats);
 /* Serve one ring of a pair until `stop` (an eventfd, left unread) is readable; buffers that were taken and not used are
  * given back. 0, or a negative code when the ring broke. kick: eventfd, or -1 for a ring that is polled. One thread a

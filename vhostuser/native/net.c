@@ -193,7 +193,8 @@ enum vu_drop vu_net_refuse(const vu_net *net, const struct vu_frame *frame)
         return VU_DROP_OVERSIZE;
     if (frame->header.gso_type != VIRTIO_NET_HDR_GSO_NONE && !takes_kind(net, frame))
         return VU_DROP_SEGMENTATION;
-    if (frame->header.gso_type == VIRTIO_NET_HDR_GSO_NONE && frame->length > net->most)
+    if (frame->header.gso_type == VIRTIO_NET_HDR_GSO_NONE &&
+        frame->length > atomic_load_explicit(&net->most, memory_order_relaxed))
         return VU_DROP_OVERSIZE;
     return needs_checksum(net, frame) && checksum_at(frame) + 2 > frame->length ? VU_DROP_CHECKSUM : VU_DROP_NONE;
 }
@@ -248,11 +249,17 @@ vu_net *vu_net_new(const struct vu_net_config *config, int *error)
     }
     net->config = *config;
     net->mergeable = vu_net_has(net, VIRTIO_NET_F_MRG_RXBUF);
-    /* 5.1.4.1: a driver that negotiated an MTU gets no more; two VLAN tags are no part of it. */
-    net->most = config->mtu && vu_net_has(net, VIRTIO_NET_F_MTU) ? config->mtu + VU_NET_ETHER + 8 : VU_NET_FRAME_MOST;
+    vu_net_set_mtu(net, config->mtu);
     /* 5.1.6.1: num_buffers is there in the modern interface, whether buffers are merged or not. */
     net->header = VU_NET_HEADER + (net->mergeable || vu_net_has(net, VU_NET_VERSION_1) ? 2 : 0);
     return net;
+}
+
+/* 5.1.4.1: a driver that negotiated an MTU gets no more; two VLAN tags are no part of it. */
+void vu_net_set_mtu(vu_net *net, uint32_t mtu)
+{
+    bool told = mtu && vu_net_has(net, VIRTIO_NET_F_MTU);
+    atomic_store_explicit(&net->most, told ? mtu + VU_NET_ETHER + 8 : VU_NET_FRAME_MOST, memory_order_relaxed);
 }
 
 void vu_net_free(vu_net *net)

@@ -109,7 +109,7 @@ struct vu_end {
 struct vu_net {
     struct vu_net_config config;
     uint32_t header; /* bytes in front of each frame in guest memory: 10 or 12 */
-    uint32_t most;   /* bytes of a frame to the guest that is no segment */
+    _Atomic uint32_t most; /* bytes of a frame to the guest that is no segment */
     bool mergeable;
     _Atomic uint64_t (*counters)[VU_NET_COUNTERS]; /* of each ring, in the order of struct vu_net_stats */
 };

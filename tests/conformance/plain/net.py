@@ -85,6 +85,10 @@ class Interface(Engine):
         """Bytes in front of each frame."""
         return NetHeader.size(self.features)
 
+    def set_mtu(self, mtu: int) -> None:
+        """Another one than at the start."""
+        self.mtu = mtu
+
     def stats(self, ring: int) -> dict[str, int]:
         """Nothing is counted."""
         return {}

@@ -163,14 +163,20 @@ async def _(peer: Peer) -> None:
     await nic.sent()
 
 
-@CASES.must("postcopy.control", "While a buffer's page is missing the front-end is answered.", *POSTCOPY)
-async def _(peer: Peer) -> None:
+async def _stuck(peer: Peer) -> tuple[Migration, Nic]:
+    """A frame is on its way into a buffer whose page is missing."""
     migration, nic = await _arriving(peer)
     before = migration.stats().faults
     nic.receive.offer((_hole(migration), USUAL, True))
     nic.receive.kick()
     nic.transmit(frame())
     await _faulted(migration, before)
+    return migration, nic
+
+
+@CASES.must("postcopy.control", "While a buffer's page is missing the front-end is answered.", *POSTCOPY)
+async def _(peer: Peer) -> None:
+    migration, nic = await _stuck(peer)
     await peer.answers()
     migration.held.give()
     await nic.received()
@@ -178,12 +184,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.should("postcopy.other-ring", "While a buffer's page is missing the guest can transmit.", *POSTCOPY)
 async def _(peer: Peer) -> None:
-    migration, nic = await _arriving(peer)
-    before = migration.stats().faults
-    nic.receive.offer((_hole(migration), USUAL, True))
-    nic.receive.kick()
-    nic.transmit(frame())
-    await _faulted(migration, before)
+    migration, nic = await _stuck(peer)
     for number in range(10):
         nic.transmit(frame(100, number))
         await nic.sent()
