@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from tests.conformance.broken.registry import FAULTS, Fault, crash, net_fault
+from tests.conformance.broken.split_rings import knows_no_indirect_tables
 from tests.conformance.plain import Interface, Queue, install, override
 from tests.conformance.plain.net import ETHER, LARGEST, Frame
 from tests.conformance.plain.queue import Chain
@@ -94,10 +95,7 @@ def takes_an_empty_descriptor_for_a_mistake() -> None:
 
 @net_fault("net.transmit.indirect", "net.transmit.indirect-apart", "net.transmit.indirect-many", "net.receive.indirect")
 def takes_tables_for_frames() -> None:
-    def table(queue: Queue, descriptor: Descriptor) -> Iterator[Descriptor]:
-        yield descriptor
-
-    override(Queue, table=table)
+    knows_no_indirect_tables()
 
 
 @net_fault("net.transmit.indirect-behind")
