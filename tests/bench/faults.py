@@ -1,9 +1,9 @@
 """What a missing page costs a request of the block engine, against the least that it can cost.
 
-    python tests/bench/faults.py [--rounds=5] [--fifo]
+    python tests/bench/faults.py [--runs=5] [--fifo]
 
-fault_floor.c says what is measured. Floor and engine take turns, against the same server on the same CPUs; the median
-round counts. Only the ratios mean anything elsewhere, and even they need a machine that does little else, or --fifo.
+fault_floor.c says what is measured. Floor and engine take turns in one process, against the same server on the same CPUs;
+the median run counts. Only the ratios mean anything elsewhere, and even they need a machine that does little else, or --fifo.
 Status 1 if one is above what the project promises.
 """
 
@@ -31,10 +31,12 @@ SOURCE_US, PAGES, MOST_PARALLEL = 200, 32, 4.0
 
 
 class Times(NamedTuple):
-    """Of a request, in microseconds; ``resident`` is the median of the same request when its pages are there."""
+    """Medians and 90th percentiles, in microseconds; ``resident``: of the engine's request when its pages are there."""
 
-    median: float
-    slow: float
+    floor: float
+    floor_slow: float
+    engine: float
+    engine_slow: float
     resident: float
 
 
@@ -43,36 +45,18 @@ class Bench:
     """The program, and how often it is run."""
 
     command: list[str]
-    rounds: int
+    runs: int
 
-    def run(self, kind: str, *, pages: int, delay: int, cpus: tuple[int, int], requests: int) -> Times:
-        """One run; ``cpus``: of the client and of the server."""
-        numbers = map(str, (pages, delay, THREADS, *cpus, requests))
-        found = subprocess.run([*self.command, kind, *numbers], capture_output=True, text=True, timeout=60, check=True)
+    def run(self, *, pages: int, delay: int, cpus: tuple[int, int], rounds: int) -> Times:
+        """Requests over so many pages, from a source so far away; ``cpus``: of the client and of the server."""
+        command = [*self.command, *map(str, (pages, delay, THREADS, *cpus, rounds))]
+        runs = [self._once(command) for _ in range(self.runs)]
+        return Times(*(statistics.median(column) for column in zip(*runs, strict=True)))
+
+    @staticmethod
+    def _once(command: list[str]) -> Times:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         return Times(*(int(word) / 1000 for word in found.stdout.split()))
-
-    def compare(self, cpus: tuple[int, int]) -> tuple[Times, Times]:
-        """Floor and engine, a page a request, from a source without delay."""
-        runs = [
-            [self.run(kind, pages=1, delay=0, cpus=cpus, requests=2000) for kind in ("floor", "engine")]
-            for _ in range(self.rounds)
-        ]
-        floor, engine = (median(list(column)) for column in zip(*runs, strict=True))
-        return floor, engine
-
-    def parallel(self, cpus: tuple[int, int]) -> tuple[Times, Times]:
-        """One page and many a request, from a source that is far away."""
-        runs = [
-            [self.run("engine", pages=pages, delay=SOURCE_US, cpus=cpus, requests=200) for pages in (1, PAGES)]
-            for _ in range(self.rounds)
-        ]
-        one, many = (median(list(column)) for column in zip(*runs, strict=True))
-        return one, many
-
-
-def median(runs: list[Times]) -> Times:
-    """Each column's own."""
-    return Times(*(statistics.median(column) for column in zip(*runs, strict=True)))
 
 
 def line(label: str, ratio: float, most: float | None = None) -> bool:
@@ -83,23 +67,23 @@ def line(label: str, ratio: float, most: float | None = None) -> bool:
     return good
 
 
-def report_latency(where: str, floor: Times, engine: Times, *, whole_most: float | None) -> bool:
+def report_latency(where: str, times: Times, *, whole_most: float | None) -> bool:
     """One placement. What the fault adds to a request is compared everywhere, the whole request where it is asked."""
     print(
-        f"one missing page, {where}: floor {floor.median:.1f} us (90 %: {floor.slow:.1f}), "
-        f"engine {engine.median:.1f} us (90 %: {engine.slow:.1f}), its request without a fault {engine.resident:.1f} us"
+        f"one missing page, {where}: floor {times.floor:.1f} us (90 %: {times.floor_slow:.1f}), engine "
+        f"{times.engine:.1f} us (90 %: {times.engine_slow:.1f}), its request without a fault {times.resident:.1f} us"
     )
-    whole = line("whole request of the engine / floor", engine.median / floor.median, whole_most)
-    return line("what the fault adds to it / floor", (engine.median - engine.resident) / floor.median, MOST) and whole
+    whole = line("whole request of the engine / floor", times.engine / times.floor, whole_most)
+    return line("what the fault adds to it / floor", (times.engine - times.resident) / times.floor, MOST) and whole
 
 
 def report_parallel(one: Times, many: Times) -> bool:
     """Fault-ahead."""
     print(
-        f"source of {SOURCE_US} us: one page {one.median:.0f} us (90 %: {one.slow:.0f}), "
-        f"{PAGES} pages {many.median:.0f} us (90 %: {many.slow:.0f})"
+        f"source of {SOURCE_US} us: one page {one.engine:.0f} us (90 %: {one.engine_slow:.0f}), "
+        f"{PAGES} pages {many.engine:.0f} us (90 %: {many.engine_slow:.0f})"
     )
-    return line(f"{PAGES} pages / one page", many.median / one.median, MOST_PARALLEL)
+    return line(f"{PAGES} pages / one page", many.engine / one.engine, MOST_PARALLEL)
 
 
 def build(directory: Path) -> Path:
@@ -113,7 +97,7 @@ def build(directory: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=5, help="default 5")
+    parser.add_argument("--runs", type=int, default=5, help="default 5")
     parser.add_argument("--fifo", action="store_true", help="real-time priority, so that other load counts less (root)")
     options = parser.parse_args()
     if shutil.which("gcc") is None:
@@ -122,12 +106,14 @@ def main() -> int:
     apart = (cpus[0], cpus[-1])
     with tempfile.TemporaryDirectory() as name:
         command = [*(["chrt", "--fifo", "10"] if options.fifo else []), str(build(Path(name)))]
-        bench = Bench(command, options.rounds)
+        bench = Bench(command, options.runs)
         good = True
         if len(cpus) > 1:
-            good &= report_latency("two CPUs", *bench.compare(apart), whole_most=MOST)
-        good &= report_latency("one CPU", *bench.compare((cpus[0], cpus[0])), whole_most=None)
-        good &= report_parallel(*bench.parallel(apart))
+            good &= report_latency("two CPUs", bench.run(pages=1, delay=0, cpus=apart, rounds=2000), whole_most=MOST)
+        together = (cpus[0], cpus[0])
+        good &= report_latency("one CPU", bench.run(pages=1, delay=0, cpus=together, rounds=2000), whole_most=None)
+        one, many = (bench.run(pages=n, delay=SOURCE_US, cpus=apart, rounds=200) for n in (1, PAGES))
+        good &= report_parallel(one, many)
     return 0 if good else 1
 
 
