@@ -2,8 +2,9 @@
 
     python tests/bench/faults.py [--runs=5] [--fifo]
 
-fault_floor.c says what is measured. Floor and engine take turns in one process, against the same server on the same CPUs;
-the median run counts. Only the ratios mean anything elsewhere, and even they need a machine that does little else, or --fifo.
+fault_floor.c says what is measured. Floor and engine take turns in one process, against the same server on the same
+CPUs; the median run counts. Only the ratios mean anything elsewhere, and even they need a machine that does little
+else, or --fifo.
 Status 1 if one is above what the project promises.
 """
 
