@@ -33,7 +33,11 @@ ALLOWED = {
     "regions": {"protocol", "channel", "memory", "uffd", "postcopy", "record", "metrics", "measures"},
     "lifecycle": RUNTIME - {"channel", "postcopy", "record"} | {"regions"},
     "arguments": {"protocol", "channel", "ring"},
-    "connection": RUNTIME | {"arguments", "backend_channel", "lifecycle", "offer", "regions", "transfer", "watch"},
+    "ring_requests": {"protocol", "arguments", "lifecycle", "ring"},
+    "device_requests": {"protocol", "arguments", "device"},
+    "connection": RUNTIME
+    | {"arguments", "backend_channel", "lifecycle", "offer", "regions", "transfer", "watch"}
+    | {"ring_requests", "device_requests"},
     "backend_channel": {"protocol", "channel"},
     "transfer": {"protocol", "channel", "device"},
     "backend": RUNTIME | {"connection", "wake_service"},

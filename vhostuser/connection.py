@@ -1,8 +1,9 @@
 """One front-end: the conversation with it.
 
-What belongs here: what each request does to the device. What does not: whether a request is allowed and what is sent
-back (``protocol.session``), how bytes travel (``channel``), when rings and the device start and stop (``lifecycle``),
-what memory is mapped (``regions``).
+What belongs here: who fulfils which request, and those about features, memory and postcopy. What does not: whether a
+request is allowed and what is sent back (``protocol.session``), how bytes travel (``channel``), when rings and the
+device start and stop (``lifecycle``), what memory is mapped (``regions``), single rings (``ring_requests``), what the
+device does by itself (``device_requests``).
 
 Everything runs on the control thread and nothing touches guest memory. Requests are done strictly in order: a front-end
 without REPLY_ACK takes the answer to a later GET_FEATURES for the end of the requests before it. A request that must
@@ -17,14 +18,14 @@ import asyncio
 import logging
 import os
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
-from vhostuser.arguments import event_of, fds_of, payload_of, ring_of
+from vhostuser.arguments import fds_of, payload_of, ring_of
 from vhostuser.backend_channel import Announcements
 from vhostuser.channel import Channel, Fds
 from vhostuser.dataplane import DataThread
 from vhostuser.device import Device
+from vhostuser.device_requests import DeviceRequests
 from vhostuser.lifecycle import Lifecycle
 from vhostuser.memory import DirtyLog, GuestMemory, Region
 from vhostuser.metrics import Sample
@@ -33,7 +34,6 @@ from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import (
     U64,
     BackendSession,
-    Config,
     DeviceStateTransfer,
     Effect,
     Empty,
@@ -47,9 +47,6 @@ from vhostuser.protocol import (
     RequestRefused,
     SingleRegion,
     VirtioFeature,
-    VringAddress,
-    VringFd,
-    VringState,
     Wake,
     WakeAck,
     feature_names,
@@ -59,6 +56,7 @@ from vhostuser.protocol import Postcopy as PostcopyState
 from vhostuser.record import MemoryRecord
 from vhostuser.regions import Regions
 from vhostuser.ring import Ring
+from vhostuser.ring_requests import RingRequests
 from vhostuser.transfer import StateTransfer
 from vhostuser.virtqueue import InflightRegion
 from vhostuser.watch import MessageWatch
@@ -111,6 +109,8 @@ class Connection:
         self._sending = False
         self._announcements = Announcements(name, self._session)
         device.announce += (self._announcements.config_changed,)
+        self._of_rings = RingRequests(self._life, device.queue_size, self._kicked)
+        self._of_device = DeviceRequests(device)
         self._transfer = StateTransfer(device, lambda: self._session.suspended)
 
     # ---- the life of the connection
@@ -246,7 +246,7 @@ class Connection:
     async def _check_device_state(self, request: Request) -> None:
         await self._transfer.check()
 
-    # ---- features and configuration space
+    # ---- features
 
     async def _set_features(self, request: Request) -> None:
         features = payload_of(request, U64).value
@@ -261,26 +261,6 @@ class Connection:
 
     async def _set_protocol_features(self, request: Request) -> None:
         log.info("%s: protocol features: %s", self.name, protocol_feature_names(payload_of(request, U64).value))
-
-    async def _get_config(self, request: Request) -> Reply:
-        asked = payload_of(request, Config)
-        space = self.device.config()
-        if asked.offset + asked.size > 256:
-            raise RequestRefused(f"configuration space has 256 bytes, not {asked.offset + asked.size}")
-        data = space.ljust(256, b"\0")[asked.offset : asked.offset + asked.size]
-        return Reply(Config(asked.offset, asked.size, asked.flags, data))
-
-    async def _set_config(self, request: Request) -> None:
-        written = payload_of(request, Config)
-        self.device.set_config(written.offset, written.data, migration=bool(written.flags & 1))
-
-    # ---- network devices
-
-    async def _send_rarp(self, request: Request) -> None:
-        self.device.announce_guest(payload_of(request, U64).value.to_bytes(8, sys.byteorder)[:6])
-
-    async def _net_set_mtu(self, request: Request) -> None:
-        self.device.set_mtu(payload_of(request, U64).value)
 
     # ---- memory
 
@@ -321,54 +301,6 @@ class Connection:
         async with self._life.halted():
             self._life.dirty_log = dirty_log
         return None
-
-    # ---- rings
-
-    async def _set_vring_num(self, request: Request) -> None:
-        state = payload_of(request, VringState)
-        ring = self._stopped_ring(state.index)
-        # The rule of the message has looked at the rest.
-        if state.num > self.device.queue_size:
-            raise RequestRefused(f"ring {state.index}: size {state.num} is more than {self.device.queue_size}")
-        ring.size = state.num
-
-    async def _set_vring_addr(self, request: Request) -> None:
-        address = payload_of(request, VringAddress)
-        ring = self.rings[address.index]
-        async with self._life.halted(ring):
-            ring.address = address
-            ring.broken = None
-
-    async def _set_vring_base(self, request: Request) -> None:
-        state = payload_of(request, VringState)
-        self._stopped_ring(state.index).base = state.num
-
-    def _stopped_ring(self, index: int) -> Ring:
-        ring = self.rings[index]
-        if ring.running:
-            raise RequestRefused(f"ring {index} runs: stop it first (GET_VRING_BASE)")
-        return ring
-
-    async def _get_vring_base(self, request: Request) -> Reply:
-        ring = self.rings[payload_of(request, VringState).index]
-        async with self._life.halted(ring):
-            ring.drop_kick()
-        return Reply(VringState(ring.index, ring.base))
-
-    async def _set_vring_kick(self, request: Request) -> None:
-        ring = self.rings[payload_of(request, VringFd).index]
-        async with self._life.halted(ring):
-            ring.set_kick(event_of(request, "kick"), lambda: self._kicked(ring))
-
-    async def _set_vring_call(self, request: Request) -> None:
-        self.rings[payload_of(request, VringFd).index].set_call(event_of(request, "call"))
-
-    async def _set_vring_err(self, request: Request) -> None:
-        self.rings[payload_of(request, VringFd).index].set_err(event_of(request, "err"))
-
-    def _kicked(self, ring: Ring) -> None:
-        self._life.kicked(ring)
-        self._announcements.send_due()
 
     # ---- in-flight tracking
 
@@ -415,6 +347,12 @@ class Connection:
     def wake(self, wake: Wake) -> WakeAck:
         """Fulfils a message of the wake channel, which is a socket beside this connection's."""
         return self._regions.wake(wake)
+
+    # ---- what goes back without having been asked for
+
+    def _kicked(self, ring: Ring) -> None:
+        self._life.kicked(ring)
+        self._announcements.send_due()
 
     async def _set_backend_req_fd(self, request: Request) -> None:
         self._announcements.take_channel(fds_of(request))
@@ -466,24 +404,35 @@ class Connection:
         }
 
 
-HANDLERS: dict[int, Callable[[Connection, Request], Awaitable[Reply | None]]] = {
+_Handler = Callable[[Connection, Request], Awaitable[Reply | None]]
+
+
+def _by_rings(fulfil: Callable[[RingRequests, Request], Awaitable[Reply | None]]) -> _Handler:
+    return lambda connection, request: fulfil(connection._of_rings, request)
+
+
+def _by_device(fulfil: Callable[[DeviceRequests, Request], Awaitable[Reply | None]]) -> _Handler:
+    return lambda connection, request: fulfil(connection._of_device, request)
+
+
+HANDLERS: dict[int, _Handler] = {
     FrontendRequest.POSTCOPY_ACK: Connection._postcopy_ack,
     FrontendRequest.SET_FEATURES: Connection._set_features,
     FrontendRequest.SET_PROTOCOL_FEATURES: Connection._set_protocol_features,
     FrontendRequest.SET_MEM_TABLE: Connection._set_mem_table,
     FrontendRequest.SET_LOG_BASE: Connection._set_log_base,
-    FrontendRequest.SET_VRING_NUM: Connection._set_vring_num,
-    FrontendRequest.SET_VRING_ADDR: Connection._set_vring_addr,
-    FrontendRequest.SET_VRING_BASE: Connection._set_vring_base,
-    FrontendRequest.GET_VRING_BASE: Connection._get_vring_base,
-    FrontendRequest.SET_VRING_KICK: Connection._set_vring_kick,
-    FrontendRequest.SET_VRING_CALL: Connection._set_vring_call,
-    FrontendRequest.SET_VRING_ERR: Connection._set_vring_err,
-    FrontendRequest.SEND_RARP: Connection._send_rarp,
-    FrontendRequest.NET_SET_MTU: Connection._net_set_mtu,
+    FrontendRequest.SET_VRING_NUM: _by_rings(RingRequests.set_vring_num),
+    FrontendRequest.SET_VRING_ADDR: _by_rings(RingRequests.set_vring_addr),
+    FrontendRequest.SET_VRING_BASE: _by_rings(RingRequests.set_vring_base),
+    FrontendRequest.GET_VRING_BASE: _by_rings(RingRequests.get_vring_base),
+    FrontendRequest.SET_VRING_KICK: _by_rings(RingRequests.set_vring_kick),
+    FrontendRequest.SET_VRING_CALL: _by_rings(RingRequests.set_vring_call),
+    FrontendRequest.SET_VRING_ERR: _by_rings(RingRequests.set_vring_err),
+    FrontendRequest.SEND_RARP: _by_device(DeviceRequests.send_rarp),
+    FrontendRequest.NET_SET_MTU: _by_device(DeviceRequests.net_set_mtu),
     FrontendRequest.SET_BACKEND_REQ_FD: Connection._set_backend_req_fd,
-    FrontendRequest.GET_CONFIG: Connection._get_config,
-    FrontendRequest.SET_CONFIG: Connection._set_config,
+    FrontendRequest.GET_CONFIG: _by_device(DeviceRequests.get_config),
+    FrontendRequest.SET_CONFIG: _by_device(DeviceRequests.set_config),
     FrontendRequest.POSTCOPY_ADVISE: Connection._postcopy_advise,
     FrontendRequest.POSTCOPY_LISTEN: Connection._postcopy_listen,
     FrontendRequest.POSTCOPY_END: Connection._postcopy_end,

@@ -14,7 +14,7 @@ from vhostuser.protocol import FrontendRequest, Postcopy, Request, RequestRefuse
 from vhostuser.tools.blk import main
 
 right_map = Region.map.__func__  # type: ignore[attr-defined]
-right = Connection._set_vring_addr
+right = HANDLERS[FrontendRequest.SET_VRING_ADDR]
 
 
 def anywhere(kind: type[Region], *arguments: Any, at_user: bool = False, **settings: Any) -> Region:
