@@ -87,14 +87,20 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """Starts the program with a socket for each of NAMES, or of those given; it listens when that returns."""
     async with AsyncExitStack() as stack:
 
-        async def make(*arguments: str, names: tuple[str, ...] = NAMES) -> Program:
+        async def make(*arguments: str, names: tuple[str, ...] = NAMES, activated: bool = False) -> Program:
             manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             manager.bind(str(tmp_path / "notify"))
             manager.setblocking(False)
-            sockets = [f"--socket-path={tmp_path / name}" for name in names]
+            listeners = [stack.enter_context(listening(tmp_path / name)) for name in names] if activated else []
+            command = (
+                handing_over(listeners)
+                if activated
+                else [*COMMAND, *(f"--socket-path={tmp_path / name}" for name in names)]
+            )
             process = await asyncio.create_subprocess_exec(
-                *(*COMMAND, *sockets, *arguments),
+                *(*command, *arguments),
                 stderr=PIPE,
+                pass_fds=[listener.fileno() for listener in listeners],
                 env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
             )
             stack.push_async_callback(ended, process)
@@ -103,6 +109,24 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
             return Program(process, tmp_path)
 
         yield make
+
+
+def listening(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def handing_over(listeners: list[socket.socket]) -> list[str]:
+    """A command that starts the program as a service manager does; by way of numbers that are in nobody's way."""
+    program = (
+        f"import os, sys; fds = [os.dup2(fd, 100 + n) for n, fd in enumerate({[s.fileno() for s in listeners]})];"
+        "[os.dup2(fd, 3 + n) for n, fd in enumerate(fds)];"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(fds)));"
+        f"os.execv(sys.executable, {COMMAND!r} + sys.argv[1:])"
+    )
+    return [sys.executable, "-c", program]
 
 
 async def ended(process: Process) -> None:
@@ -185,3 +209,18 @@ async def test_it_ends_when_the_first_front_end_of_every_port_has_gone(start: St
     await other.pair.close()
     async with asyncio.timeout(PATIENCE):
         assert await program.process.wait() == 0
+
+
+async def test_a_service_manager_may_pass_a_socket_for_each_port_and_one_file_records_them_all(
+    start: Start, tmp_path: Path
+) -> None:
+    program = await start("--end=peer", f"--pcap={tmp_path}/all", names=NAMES[:2], activated=True)
+    one, other = await Guest.at(program.paths["red"]), await Guest.at(program.paths["green"])
+    one.send(frame(100))
+    assert [data for _, data in await other.receive(1)] == [frame(100)]
+    for guest in (one, other):
+        await guest.pair.close()
+    assert await program.end() == 0
+    recorded = (tmp_path / "all").read_bytes()
+    assert all(str(program.paths[name]).encode() in recorded for name in NAMES[:2])
+    assert recorded.count(frame(100)) == 2, "sent by one, received by the other"
