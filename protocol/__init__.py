@@ -39,6 +39,14 @@ from vhostuser.protocol.errors import (
     VhostUserError,
 )
 from vhostuser.protocol.exchange import Answer, Client, Outgoing, Reply, Request, Server
+from vhostuser.protocol.inflight import (
+    INFLIGHT_VERSION,
+    DescStatePacked,
+    DescStateSplit,
+    QueueRegionPacked,
+    QueueRegionSplit,
+    inflight_parts,
+)
 from vhostuser.protocol.payloads import (
     U64,
     Config,
@@ -90,6 +98,7 @@ __all__ = [
     "BACKEND",
     "FRONTEND",
     "HEADER_SIZE",
+    "INFLIGHT_VERSION",
     "MAX_FDS",
     "NEED_REPLY",
     "NO_FD",
@@ -107,6 +116,8 @@ __all__ = [
     "Config",
     "ConfigFlags",
     "CryptoSession",
+    "DescStatePacked",
+    "DescStateSplit",
     "DeviceStateReply",
     "DeviceStateTransfer",
     "DeviceStatus",
@@ -130,6 +141,8 @@ __all__ = [
     "ProtocolError",
     "ProtocolFeature",
     "QueueBroken",
+    "QueueRegionPacked",
+    "QueueRegionSplit",
     "RemoteProtocolError",
     "Reply",
     "Request",
@@ -164,6 +177,7 @@ __all__ = [
     "XenSingleRegion",
     "encode",
     "feature_names",
+    "inflight_parts",
     "protocol_feature_names",
     "unpack_wake",
 ]

@@ -26,6 +26,7 @@ TOOLS: Final = {
     "conform": Tool("vhostuser.tools.conform", "try whether a back-end or a front-end keeps to the specification"),
     "doctor": Tool("vhostuser.tools.doctor", "say what this machine allows, and how to be allowed more"),
     "guest": Tool("vhostuser.tools.guest", "make a small Linux guest to try a device with"),
+    "inflight": Tool("vhostuser.tools.inflight", "say what an in-flight region has, and what is wrong with it"),
     "postcopy": Tool("vhostuser.tools.postcopy.command", "try a back-end's postcopy on one machine, without a VM"),
     "trace": Tool("vhostuser.tools.trace.command", "sit between a front-end and a back-end and say what passes"),
 }

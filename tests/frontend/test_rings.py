@@ -102,7 +102,7 @@ async def test_the_in_flight_buffer_names_what_the_device_has(pairs: Callable[..
             await ask(pair, text)
             await device.taken(text)
         taken = buffer.queue(0)
-        assert (taken.version, taken.size, taken.heads) == (1, 64, (0, 2, 4))
+        assert (taken.version, taken.desc_num, taken.heads) == (1, 64, (0, 2, 4))
         device.release()
         for _ in range(3):
             await answer(pair)

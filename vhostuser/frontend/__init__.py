@@ -5,7 +5,7 @@ from vhostuser.frontend.frontend import DRIVABLE, DRIVABLE_PROTOCOL, Frontend, L
 from vhostuser.frontend.memory import SharedLog, SharedMemory, SharedRegion
 from vhostuser.frontend.postcopy import ClientRegion, PostcopyClient
 from vhostuser.frontend.requests import ReplyTimeout
-from vhostuser.frontend.ring import FrontendRing, InflightBuffer, InflightQueue
+from vhostuser.frontend.ring import FrontendRing, InflightBuffer
 from vhostuser.raw import RawMessage
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Frontend",
     "FrontendRing",
     "InflightBuffer",
-    "InflightQueue",
     "Listener",
     "PostcopyClient",
     "RawMessage",

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from struct import Struct
-from typing import NamedTuple, Self
+from typing import Self
 
 from vhostuser.channel import readable
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.protocol import Inflight
-
-_INFLIGHT_QUEUE = Struct("=QHHHH")
-_INFLIGHT_ENTRY = Struct("=B5xHQ")
+from vhostuser.protocol import Inflight, QueueRegionPacked, QueueRegionSplit
 
 
 class FrontendRing:
@@ -60,20 +56,6 @@ def _event() -> int:
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
 
-class InflightQueue(NamedTuple):
-    """A ring's part of the buffer, split format. version 0: nobody has used it yet. Section "Inflight I/O tracking".
-
-    heads: those that were taken and not returned, in the order in which they were taken.
-    """
-
-    features: int
-    version: int
-    size: int
-    last_batch_head: int
-    used_index: int
-    heads: tuple[int, ...]
-
-
 class InflightBuffer:
     """The buffer in which a back-end tracks requests in flight, kept for the next one. Owns ``fd``.
 
@@ -90,24 +72,20 @@ class InflightBuffer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def queue(self, index: int) -> InflightQueue:
-        """What the buffer says of ring ``index`` now, not judged. Raises IndexError if it has no part in it."""
+    def queue(self, index: int) -> QueueRegionSplit:
+        """What the buffer says of split ring ``index`` now, not judged. Raises IndexError if it has no part in it."""
+        return QueueRegionSplit.parse(self._part(index))
+
+    def packed_queue(self, index: int) -> QueueRegionPacked:
+        """The same of a packed ring."""
+        return QueueRegionPacked.parse(self._part(index))
+
+    def _part(self, index: int) -> bytes:
         given = self.description
         if not 0 <= index < given.num_queues:
             raise IndexError(f"ring {index}, the buffer is for {given.num_queues}")
         each = given.mmap_size // given.num_queues
-        part = os.pread(self.fd, each, given.mmap_offset + index * each)
-        features, version, size, last_batch_head, used_index = _INFLIGHT_QUEUE.unpack_from(part)
-        # The ring may be larger than the queue size that was asked for.
-        count = min(max(given.queue_size, size), (len(part) - _INFLIGHT_QUEUE.size) // _INFLIGHT_ENTRY.size)
-        entries = part[_INFLIGHT_QUEUE.size :][: count * _INFLIGHT_ENTRY.size]
-        taken = [
-            (counter, head)
-            for head, (inflight, _, counter) in enumerate(_INFLIGHT_ENTRY.iter_unpack(entries))
-            if inflight
-        ]
-        heads = tuple(head for _, head in sorted(taken))
-        return InflightQueue(features, version, size, last_batch_head, used_index, heads)
+        return os.pread(self.fd, each, given.mmap_offset + index * each)
 
     def close(self) -> None:
         """Closes the file. Again: nothing."""

@@ -4,6 +4,8 @@
  * What belongs here: its layout and its order of writes. What does not: the mapping, which queue has which part
  * (inflight.c).
  */
+#include <stdlib.h>
+
 #include "queue.h"
 
 struct entry {
@@ -43,19 +45,23 @@ static uint32_t list_taken(const struct vu_inflight_split *split, uint32_t size,
 }
 
 /* The used index moved on and we died before saying so: the last batch, which may be longer than one, was returned.
- * Its list starts at last_batch_head; an entry of it may have been finished already. */
+ * Its list starts at last_batch_head, and has each chain once; an entry of it may have been finished already. */
 static int finish_batch(struct vu_inflight_queue *queue, uint32_t size, uint16_t returned)
 {
-    if (returned > size)
-        return VU_E_INFLIGHT;
+    bool *met = returned <= size ? calloc(size, sizeof *met) : NULL;
+    int code = met ? 0 : returned <= size ? VU_E_NOMEM : VU_E_INFLIGHT;
     uint16_t head = vu_load16(&queue->split->last_batch_head);
-    for (; returned; returned--) {
-        if (head >= size)
-            return VU_E_INFLIGHT;
+    for (; !code && returned; returned--) {
+        if (head >= size || met[head]) {
+            code = VU_E_INFLIGHT;
+            break;
+        }
+        met[head] = true;
         vu_inflight_finish(queue, head);
         head = vu_load16(&queue->split->entries[head].next);
     }
-    return 0;
+    free(met);
+    return code;
 }
 
 static int recover_taken(struct vu_inflight_queue *queue, uint32_t size, uint16_t used, struct vu_taken *taken,

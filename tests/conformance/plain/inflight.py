@@ -116,10 +116,11 @@ class InflightQueue:
         """Unmarks so many, from the last batch's head on."""
         if given_back > self.size:
             raise Bad(lib.VU_E_INFLIGHT)
-        head = self.load(LAST_AT, 2)
+        head, met = self.load(LAST_AT, 2), set()
         for _ in range(given_back):
-            if head >= self.size:
+            if head >= self.size or head in met:
                 raise Bad(lib.VU_E_INFLIGHT)
+            met.add(head)
             self.finish(head)
             head = self.load(self.entry(head) + _NEXT_AT, 2)
 
