@@ -36,9 +36,10 @@ ALLOWED = {
     "ring_requests": {"protocol", "arguments", "lifecycle", "ring"},
     "device_requests": {"protocol", "arguments", "device"},
     "connection": RUNTIME
-    | {"arguments", "backend_channel", "lifecycle", "offer", "regions", "transfer", "watch"}
+    | {"announcements", "arguments", "lifecycle", "offer", "regions", "transfer", "watch"}
     | {"ring_requests", "device_requests"},
     "backend_channel": {"protocol", "channel"},
+    "announcements": {"protocol", "channel", "backend_channel"},
     "transfer": {"protocol", "channel", "device"},
     "backend": RUNTIME | {"connection", "wake_service"},
     "wake": {"protocol", "channel"},

@@ -148,6 +148,13 @@ class Channel:
             else:
                 rest, ancillary = rest[sent:], []
 
+    async def room(self) -> None:
+        """Waits until a small message can be sent at once, or nothing can be sent any more."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLOUT)
+        if not poll.poll(0):
+            await writable(self._sock)
+
     def offer(self, data: bytes) -> None:
         """Sends ``data`` if there is room for it at once: the last words to a peer that may not be listening."""
         with contextlib.suppress(OSError):

@@ -20,8 +20,8 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
+from vhostuser.announcements import Announcements
 from vhostuser.arguments import fds_of, payload_of, ring_of
-from vhostuser.backend_channel import Announcements
 from vhostuser.channel import Channel, Fds
 from vhostuser.dataplane import DataThread
 from vhostuser.device import Device
@@ -141,7 +141,7 @@ class Connection:
         while (received := await self._next_request()) is not None:
             request, fds = received
             try:
-                with self._watch.answering(str(request.row), ring_of(request)):
+                with self._watch.answering(str(request.row), ring_of(request)), self._announcements.answering():
                     await self._answer(request)
             finally:
                 fds.close()
