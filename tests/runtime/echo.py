@@ -77,11 +77,7 @@ async def answer(pair: Pair, ring: int = 0) -> bytes:
 
 async def next_used(pair: Pair, ring: int = 0) -> tuple[int, int]:
     """Waits for the next used chain: its head and the bytes written."""
-    queue = pair.rings[ring].queue
-    while (used := queue.take()) is None:
-        if not queue.arm():
-            await asyncio.wait_for(pair.rings[ring].called(), 5)
-    return used
+    return await asyncio.wait_for(pair.rings[ring].returned(), 5)
 
 
 async def quiet(pair: Pair) -> None:

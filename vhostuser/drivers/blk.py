@@ -8,7 +8,6 @@ ring (``driverqueue``), who starts it (``frontend``).
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from enum import IntEnum
 from struct import Struct
 
 from vhostuser.driverqueue import DriverQueue, Segment
+from vhostuser.drivers.pending import Pending
 from vhostuser.frontend.ring import FrontendRing
 from vhostuser.protocol import VhostUserError
 
@@ -218,9 +218,7 @@ class Disk:
     def __init__(self, ring: FrontendRing, driver: BlkDriver) -> None:
         self._ring = ring
         self._driver = driver
-        self._answers: dict[int, asyncio.Future[BlkAnswer]] = {}
-        self._turn = asyncio.Lock()
-        self._collected = 0
+        self._pending = Pending(ring, driver.collect)
 
     async def read(self, sector: int, sectors: int) -> bytes:
         """Reads sectors. Raises BlkFailed, QueueBroken."""
@@ -248,29 +246,7 @@ class Disk:
     async def request(self, request: BlkRequest) -> BlkAnswer:
         """The answer to any request. Raises QueueBroken."""
         while (head := self._driver.submit(request)) is None:
-            await self._progress()
-        answered: asyncio.Future[BlkAnswer] = asyncio.get_running_loop().create_future()
-        self._answers[head] = answered
+            await self._pending.progress()
         if self._driver.publish():
             self._ring.kick()
-        while not answered.done():
-            await self._progress()
-        return answered.result()
-
-    async def _progress(self) -> None:
-        """Waits until some request is answered: one task at a time, for all."""
-        seen = self._collected
-        async with self._turn:
-            if self._collected != seen:
-                return  # another task's turn brought what this one waits for, and there may be nothing more to come
-            if not self._collect() and not self._driver.queue.arm():
-                await self._ring.called()
-
-    def _collect(self) -> bool:
-        collected = self._driver.collect()
-        self._collected += len(collected)
-        for head, answer in collected:
-            future = self._answers.pop(head)
-            if not future.done():
-                future.set_result(answer)
-        return bool(collected)
+        return await self._pending.answer(head)

@@ -6,6 +6,7 @@ from vhostuser.frontend.memory import SharedLog, SharedMemory, SharedRegion
 from vhostuser.frontend.postcopy import ClientRegion, PostcopyClient
 from vhostuser.frontend.requests import ReplyTimeout
 from vhostuser.frontend.ring import FrontendRing, InflightBuffer
+from vhostuser.frontend.state import load_state, save_state
 from vhostuser.raw import RawMessage
 
 __all__ = [
@@ -25,4 +26,6 @@ __all__ = [
     "SharedLog",
     "SharedMemory",
     "SharedRegion",
+    "load_state",
+    "save_state",
 ]

@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 from typing import Self
 
+from vhostuser.driverqueue import DriverQueue
 from vhostuser.frontend.calls import Calls
 from vhostuser.frontend.channel import Answerer, BackendRequests, config_changes_only
 from vhostuser.frontend.memory import SharedLog, SharedMemory
@@ -100,6 +101,23 @@ class Frontend(Calls):
             return
         for region in memory.regions:
             await self.add_mem_reg(region)
+
+    def new_ring(
+        self, index: int, memory: SharedMemory, at: int, *, size: int = 64, indirect: bool = False
+    ) -> FrontendRing:
+        """A driver's ring of ``size`` entries at guest address ``at``, in the format and with the notifications that
+        were negotiated. The caller owns it, and starts it. *Touches*. Raises QueueBroken where it does not fit."""
+        has = self.session.has
+        queue = DriverQueue(
+            memory.map,
+            at,
+            size,
+            event_idx=has(VirtioFeature.RING_EVENT_IDX),
+            indirect=indirect,
+            packed=has(VirtioFeature.RING_PACKED),
+            in_order=has(VirtioFeature.IN_ORDER),
+        )
+        return FrontendRing(index, queue)
 
     async def start_ring(
         self,

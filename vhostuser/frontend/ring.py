@@ -41,6 +41,17 @@ class FrontendRing:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.call_fd)
 
+    async def returned(self) -> tuple[int, int]:
+        """Waits for the next chain that the device has returned: its head, and how many bytes were written into it.
+
+        *Touches* guest memory. For one task at a time. Raises QueueBroken.
+        """
+        # A call may come without a reason, and what was returned before calls were asked for comes without one.
+        while (taken := self.queue.take()) is None:
+            if not self.queue.arm():
+                await self.called()
+        return taken
+
     async def broken(self) -> None:
         """Waits until the back-end says that the ring is broken."""
         await readable(self.err_fd)

@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 from vhostuser.backend import Backend
 from vhostuser.device import Device
-from vhostuser.driverqueue import DriverQueue
+from vhostuser.drivers.plain import Plain
 from vhostuser.frontend import DRIVABLE, Frontend, FrontendRing, SharedMemory
-from vhostuser.protocol import VirtioFeature
 
 MIB = 1 << 20
 RING_BYTES = 64 * 1024
 """Of guest memory for each ring: they lie one behind the other from guest address 0."""
+BUFFERS = 2 * MIB
+"""Guest address of the buffers of ``Pair.ask``; those of each ring take twice ``RING_BYTES``."""
 
 
 class Pair:
@@ -35,6 +36,7 @@ class Pair:
         self.serving = serving
         self.memory: SharedMemory | None = None
         self.rings: list[FrontendRing] = []
+        self._asking: dict[int, Plain] = {}
 
     async def set_up(
         self,
@@ -62,18 +64,18 @@ class Pair:
         """A driver's ring in the memory, with the event index and in the format that were negotiated. The back-end is
         not told."""
         assert self.memory is not None
-        has = self.frontend.session.has
-        queue = DriverQueue(
-            self.memory.map,
-            index * RING_BYTES,
-            size,
-            event_idx=has(VirtioFeature.RING_EVENT_IDX),
-            indirect=indirect,
-            packed=has(VirtioFeature.RING_PACKED),
-            in_order=has(VirtioFeature.IN_ORDER),
-        )
-        self.rings.append(FrontendRing(index, queue))
-        return self.rings[-1]
+        ring = self.frontend.new_ring(index, self.memory, index * RING_BYTES, size=size, indirect=indirect)
+        self.rings.append(ring)
+        return ring
+
+    async def ask(self, data: bytes = b"", room: int = 0, *, ring: int = 0) -> bytes:
+        """One request on a ring of ``set_up``: up to 4 KiB of ``data``, room for up to 4 KiB; what the device wrote.
+
+        For devices whose requests are bytes; any number of tasks may call it. As ``Plain.ask``.
+        """
+        if ring not in self._asking:
+            self._asking[ring] = Plain(self.rings[ring], BUFFERS + 2 * RING_BYTES * ring, slots=16, most=4096)
+        return await self._asking[ring].ask(data, room)
 
     async def close(self) -> None:
         """Disconnects and waits until the back-end has cleaned up. Again: nothing."""
@@ -81,6 +83,7 @@ class Pair:
         done, _ = await asyncio.wait((self.serving,), timeout=10)
         assert done, "the back-end does not end"
         assert self.serving.cancelled() or self.serving.exception() is None
+        self._asking.clear()
         while self.rings:
             self.rings.pop().close()
         if self.memory is not None:
