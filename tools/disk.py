@@ -45,7 +45,6 @@ def _parser(program: str) -> Parser:
     parser.add_argument(
         "--poll-us", metavar="N", type=number(0, 10000), default=POLL_US, help="poll an idle ring so long"
     )
-    parser.add_argument("--print-capabilities", action="store_true", help="print the capabilities as JSON and exit")
     return parser
 
 

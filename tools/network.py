@@ -73,7 +73,6 @@ def _parser(program: str) -> Parser:
         default=SNAP_MOST,
         help="of each frame at most; default: all",
     )
-    parser.add_argument("--print-capabilities", action="store_true", help="print the capabilities as JSON and exit")
     return parser
 
 

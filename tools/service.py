@@ -27,6 +27,7 @@ from vhostuser.backend import Backend
 from vhostuser.dataplane import new_event_loop
 from vhostuser.device import Device
 from vhostuser.metrics import Sample, labelled
+from vhostuser.tools.capabilities import capabilities
 from vhostuser.tools.endpoint import Endpoint, EndpointError, SocketFile, inherited, listen, name_of
 from vhostuser.tools.exporter import Address, Exporter, address
 from vhostuser.tools.manager import METRICS, MOST_FDS, USERFAULTFD, WAKE, Manager
@@ -140,6 +141,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--wake-socket", metavar="PATH", help="Unix socket for the wake channel of postcopy")
     parser.add_argument("--metrics", metavar="WHERE", type=address, help="serve metrics: unix:PATH or HOST:PORT")
     parser.add_argument("--metrics-remote", action="store_true", help="let other machines read them, too")
+    parser.add_argument("--print-capabilities", action="store_true", help="print the capabilities as JSON and exit")
     parser.add_argument("--mem-slots", metavar="N", type=number(0, 509), default=509, help="0: whole tables only")
 
 
@@ -321,13 +323,18 @@ def serve_ports(
 def serve_device(make: Callable[[], Device], arguments: Sequence[str] | None = None) -> NoReturn:
     """A whole back-end program for a device without options of its own: ``serve_device(MyDevice)``.
 
-    ``arguments`` are those of the command line by default; see ``serve`` for how it ends.
+    ``arguments`` are those of the command line by default; see ``serve`` for how it ends. ``make`` is called once, also
+    where only the capabilities are asked for, which the device's ``virtio_id`` tells.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--print-capabilities" in arguments:  # whatever else there is
+        print(capabilities(make().virtio_id), flush=True)
+        sys.exit(0)
     program = Path(sys.argv[0]).name
     parser = Parser(
         program, (make.__doc__ or "Serves a device to a virtual machine over vhost-user.").partition("\n")[0]
     )
-    serve(parser, sys.argv[1:] if arguments is None else arguments, lambda _: make())
+    serve(parser, arguments, lambda _: make())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -133,8 +133,9 @@ class Device:
     def load_state(self, state: bytes) -> None:
         """Goes on as the device that ``save_state`` described, at most ``state_limit`` bytes from an untrusted source.
 
-        Called on the control thread before any ring starts; must not block. Raises RequestRefused or ValueError for
-        what is no state of such a device, and is then as it was before.
+        Called on the control thread before any ring starts; must not block. Raises anything, such as ``struct.error``,
+        for what is no state of such a device, and is then as it was before: the front-end is told by
+        CHECK_DEVICE_STATE, and the connection goes on.
         """
         raise RequestRefused("the device has no state")
 

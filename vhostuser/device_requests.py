@@ -25,15 +25,12 @@ class DeviceRequests:
         self._device = device
 
     async def get_config(self, request: Request) -> Reply:
-        asked = payload_of(request, Config)
-        space = self._device.config()
-        if asked.offset + asked.size > _SPACE:
-            raise RequestRefused(f"configuration space has {_SPACE} bytes, not {asked.offset + asked.size}")
-        data = space.ljust(_SPACE, b"\0")[asked.offset : asked.offset + asked.size]
+        asked = _part(request)
+        data = self._device.config().ljust(_SPACE, b"\0")[asked.offset : asked.offset + asked.size]
         return Reply(Config(asked.offset, asked.size, asked.flags, data))
 
     async def set_config(self, request: Request) -> None:
-        written = payload_of(request, Config)
+        written = _part(request)
         self._device.set_config(written.offset, written.data, migration=bool(written.flags & 1))
 
     async def send_rarp(self, request: Request) -> None:
@@ -41,3 +38,11 @@ class DeviceRequests:
 
     async def net_set_mtu(self, request: Request) -> None:
         self._device.set_mtu(payload_of(request, U64).value)
+
+
+def _part(request: Request) -> Config:
+    """What of configuration space it is about. Raises RequestRefused for what lies beyond any."""
+    part = payload_of(request, Config)
+    if part.offset + part.size > _SPACE:
+        raise RequestRefused(f"configuration space has {_SPACE} bytes, not {part.offset + part.size}")
+    return part

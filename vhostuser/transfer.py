@@ -83,8 +83,8 @@ def _open_again(fd: int, mode: int) -> int:
 async def _failure_of(move: Callable[[], Awaitable[None]]) -> str:
     try:
         await move()
-    except (OSError, ValueError, RequestRefused) as error:
-        return f"the device's state was not moved: {error}"
+    except Exception as error:  # whatever a device raises for bytes that it cannot take: struct.error, KeyError, ...
+        return f"the device's state was not moved: {error or type(error).__name__}"
     return ""
 
 

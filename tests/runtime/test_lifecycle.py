@@ -318,6 +318,9 @@ async def test_config_space(pairs: Callable[..., Pair]) -> None:
         await pair.frontend.request(FrontendRequest.SET_CONFIG, Config(6, 1, 0, b"x"))
     await pair.frontend.request(FrontendRequest.SET_CONFIG, Config(6, 1, 1, b"x"))
     assert await read(6, 1) == b"x", "a migration may write read-only fields"
+    with pytest.raises(RequestRefused):
+        await pair.frontend.request(FrontendRequest.SET_CONFIG, Config(250, 20, 1, bytes(20)))
+    assert len(device.space) == 10, "the device is not asked about what lies beyond any space"
 
 
 async def test_inflight_region_is_made_and_taken_back(pairs: Callable[..., Pair]) -> None:
