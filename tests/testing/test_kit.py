@@ -156,14 +156,25 @@ def test_the_example_runs_as_its_author_runs_it(tmp_path: Path) -> None:
     """In a directory of its own, without any configuration."""
     source = (ROOT / "examples" / "test_ramdisk.py").read_text()
     assert len([line for line in source.splitlines() if line.strip()]) < 40
-    for name in ("ramdisk.py", "test_ramdisk.py"):
-        shutil.copy(ROOT / "examples" / name, tmp_path)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_ramdisk.py"]
+    assert "3 passed" in run_in(tmp_path, "ramdisk.py", "test_ramdisk.py")
+
+
+def test_the_small_devices_run_as_their_author_runs_them(tmp_path: Path) -> None:
+    said = run_in(tmp_path, "echo.py", "keyboard.py", "rng.py", "test_devices.py")
+    assert "passed" in said
+    assert "skipped" not in said
+
+
+def run_in(directory: Path, *names: str) -> str:
+    """The output of pytest on the last of these examples, all of them copied to a directory of their own."""
+    for name in names:
+        shutil.copy(ROOT / "examples" / name, directory)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", names[-1]]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        command, cwd=directory, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout
+    return done.stdout
 
 
 def test_the_page_names_every_fixture() -> None:
