@@ -195,8 +195,15 @@ def _frontend_rows() -> Iterator[Row]:
     yield Row(code=F.SET_VRING_NUM, request=_STATE, rules=(*_QUEUE, rules.queue_size))
     yield Row(code=F.SET_VRING_ADDR, request=(VringAddress,), rules=_QUEUE)
     yield Row(code=F.SET_VRING_BASE, request=_STATE, rules=(*_QUEUE, rules.base_fits_ring))
-    # num is reserved in 10.0 and has a meaning under bit 20; peers send what they like and it is not looked at.
-    yield Row(code=F.GET_VRING_BASE, request=_STATE, reply=_STATE, rules=_QUEUE, note="stops the ring")
+    # num is reserved; drafts of GET_VRING_BASE_INFLIGHT gave it a meaning. Peers send what they like and it is not
+    # looked at.
+    yield Row(
+        code=F.GET_VRING_BASE,
+        request=_STATE,
+        reply=_STATE,
+        rules=_QUEUE,
+        note="stops the ring; with GET_VRING_BASE_INFLIGHT what is under way may stay in the in-flight region",
+    )
     yield Row(
         code=F.SET_VRING_KICK, request=(VringFd,), fds=(0, 1), rules=_QUEUE, note="without descriptor: starts, polled"
     )
@@ -207,7 +214,11 @@ def _frontend_rows() -> Iterator[Row]:
         code=F.SET_PROTOCOL_FEATURES,
         request=(U64,),
         gate=_offered(V.PROTOCOL_FEATURES),
-        rules=(rules.only_offered_protocol_features, rules.inband_notifications_complete),
+        rules=(
+            rules.only_offered_protocol_features,
+            rules.inband_notifications_complete,
+            rules.left_in_flight_is_tracked,
+        ),
     )
     yield Row(code=F.GET_QUEUE_NUM, reply=(U64,), gate=_offered(P.MQ))
     # By the text bit 30 must be negotiated. crosvm and QEMU before 7.2 sent this message without: offering must do.

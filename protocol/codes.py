@@ -148,7 +148,7 @@ class ProtocolFeature(_Bit):
     XEN_MMAP = 17, "memory regions have two more fields"
     SHARED_OBJECT = 18, "dma-bufs by UUID"
     DEVICE_STATE = 19, "the device's state migrates through the front-end"
-    GET_VRING_BASE_INFLIGHT = 20, "GET_VRING_BASE with num 1 leaves requests in flight (was SHMEM in drafts)"
+    GET_VRING_BASE_INFLIGHT = 20, "GET_VRING_BASE may leave requests in flight (was SHMEM in drafts)"
     GPA_ADDRESSES = 21, "ring addresses are guest addresses (was SHMEM in drafts and in the vhost crate to 0.16)"
     SHMEM = 22, "shared memory regions: SHMEM_MAP, SHMEM_UNMAP, GET_SHMEM_CONFIG"
 

@@ -60,6 +60,13 @@ def inband_notifications_complete(state: "State", payload: Payload) -> str:
     return ""
 
 
+def left_in_flight_is_tracked(state: "State", payload: Payload) -> str:
+    value = cast(U64, payload).value
+    if value & ProtocolFeature.GET_VRING_BASE_INFLIGHT.mask and not value & ProtocolFeature.INFLIGHT_SHMFD.mask:
+        return "GET_VRING_BASE_INFLIGHT without INFLIGHT_SHMFD"
+    return ""
+
+
 def queue_size(state: "State", payload: Payload) -> str:
     size = cast(VringState, payload).num
     if not 0 < size <= MAX_QUEUE_SIZE:

@@ -73,7 +73,8 @@ class Device:
 
     protocol_features: int = 0
     """Protocol feature bits of the device type: RARP with ``announce_guest``, MTU with ``set_mtu``, DEVICE_STATE with
-    ``save_state`` and ``load_state``."""
+    ``save_state`` and ``load_state``; GET_VRING_BASE_INFLIGHT where a request may be cut off at any time and done
+    again from the start, by whoever serves the ring next."""
 
     state_limit: int = 16 << 20
     """The most bytes that ``load_state`` is given."""
@@ -171,8 +172,8 @@ class Device:
         """Serves one request: ``request.read``, ``request.write``.
 
         On return the request is completed with what was written into it, unless ``request.complete`` was called.
-        Cancelled if it has not returned some seconds after the front-end has gone; the request is then not completed,
-        and comes again.
+        Cancelled if it has not returned some seconds after the front-end has gone, and, where the device takes part in
+        GET_VRING_BASE_INFLIGHT, when its ring is stopped; the request is then not completed, and comes again.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither handle() nor serve() nor engine()")
 

@@ -22,7 +22,7 @@ from vhostuser.dataplane import DataThread
 from vhostuser.device import Device, DeviceFailed
 from vhostuser.memory import DirtyLog
 from vhostuser.metrics import Sample
-from vhostuser.protocol import BackendSession, Postcopy, QueueBroken, VirtioFeature
+from vhostuser.protocol import BackendSession, Postcopy, ProtocolFeature, QueueBroken, VirtioFeature
 from vhostuser.regions import Regions
 from vhostuser.ring import Ring
 from vhostuser.virtqueue import InflightRegion
@@ -94,16 +94,17 @@ class Lifecycle:
     # ---- what requests wait for
 
     @contextlib.asynccontextmanager
-    async def halted(self, *rings: Ring) -> AsyncIterator[None]:
+    async def halted(self, *rings: Ring, leave: bool = False) -> AsyncIterator[None]:
         """The rings (default: all) do not run inside; those that may are started again afterwards.
 
-        What is done inside must not wait. Rings that do not run are not waited for either, even while others are
-        being started: those are opened after the wait, as they are described then.
+        leave: requests under way are left in flight, if that was negotiated. What is done inside must not wait. Rings
+        that do not run are not waited for either, even while others are being started: those are opened after the wait,
+        as they are described then.
         """
         if any(ring.running for ring in rings or self.rings):
             async with self._lock:
                 for ring in rings or self.rings:
-                    await ring.halt(self._free_callers)
+                    await ring.halt(self._free_callers, leave=leave and self._leaves)
                 yield
         else:
             yield
@@ -198,6 +199,11 @@ class Lifecycle:
         """Wanted, and its memory may be touched: not before the front-end knows where it is."""
         return self._wanted(ring) and regions.usable and self._session.postcopy is not Postcopy.AWAITING_ACK
 
+    @property
+    def _leaves(self) -> bool:
+        """Whether a ring that stops may leave requests in flight. Not to a successor that may never come."""
+        return not self._ending and self._session.has(ProtocolFeature.GET_VRING_BASE_INFLIGHT)
+
     # ---- making it so
 
     async def _settle_when_changed(self, regions: Regions) -> None:
@@ -263,7 +269,8 @@ class Lifecycle:
         """Call with the lock held."""
         for ring in self.rings:
             if self._runs_unwanted(ring):
-                await ring.halt(self._free_callers)
+                # QEMU disables a ring before it asks for its base: that must not wait longer than the latter.
+                await ring.halt(self._free_callers, leave=self._leaves)
         if not self._any_wanted():
             await self._stop_device()
 

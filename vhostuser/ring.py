@@ -209,16 +209,20 @@ class Ring:
         self.call()
         return self._runner
 
-    async def halt(self, delayed: Callable[[], None]) -> None:
+    async def halt(self, delayed: Callable[[], None], *, leave: bool = False) -> None:
         """Stops serving: waits until every request that was taken is completed; then ``base`` is the next index.
 
-        Waits as long as guest memory or the device makes a request wait, and calls ``delayed`` from time to time; the
-        caller watches for the loss of the front-end. A ring that broke is left with its code in ``broken``.
+        leave: where requests are tracked, those that do not end by themselves are given up and stay in flight. Waits as
+        long as guest memory or the device makes a request wait, and calls ``delayed`` from time to time; the caller
+        watches for the loss of the front-end. A ring that broke is left with its code in ``broken``.
         """
         runner = self._runner
         if runner is None:
             return
-        runner.stop()
+        if leave and self._queue is not None and self._queue.leave_in_flight():
+            runner.abandon()
+        else:
+            runner.stop()
         self.stopping = True
         try:
             while not runner.finished.done():

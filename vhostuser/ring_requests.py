@@ -54,7 +54,7 @@ class RingRequests:
 
     async def get_vring_base(self, request: Request) -> Reply:
         ring = self._life.rings[payload_of(request, VringState).index]
-        async with self._life.halted(ring):
+        async with self._life.halted(ring, leave=True):
             ring.drop_kick()
         return Reply(VringState(ring.index, ring.base))
 

@@ -304,6 +304,10 @@ class DeviceQueue:
         """The next ``flush`` calls the driver, whatever it asked for: once after a restart."""
         lib.vu_queue_force_signal(self.native)
 
+    def leave_in_flight(self) -> bool:
+        """Requests under way may stay in the in-flight region when the ring stops; False without one. Any thread."""
+        return bool(lib.vu_queue_leave(self.native))
+
     # ---- state
 
     @property

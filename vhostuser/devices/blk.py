@@ -21,7 +21,7 @@ from vhostuser._native import ffi, lib
 from vhostuser.device import Device, DeviceFailed
 from vhostuser.devices.image import SECTOR, Image, ImageBusy, ImageError, OpenImage
 from vhostuser.metrics import Kind, Metric, Sample
-from vhostuser.protocol import RequestRefused
+from vhostuser.protocol import ProtocolFeature, RequestRefused
 
 if TYPE_CHECKING:
     from vhostuser.virtqueue import DeviceQueue
@@ -154,6 +154,8 @@ class Blk(Device):
         self.queues = settings.queues
         self.queue_size = settings.queue_size
         self.features = _features(image, settings)
+        # Every request may be done again from the start.
+        self.protocol_features = ProtocolFeature.GET_VRING_BASE_INFLIGHT.mask
         self._negotiated = self.features
         self._writeback = settings.writeback
         self._opened: OpenImage | None = None

@@ -157,7 +157,8 @@ class Calls(Requests):
         await self._tell(F.SET_VRING_BASE, VringState(index, base))
 
     async def get_vring_base(self, index: int) -> int:
-        """Stops the ring; the base to go on with. It answers when the requests under way are done."""
+        """Stops the ring; the base to go on with. It answers when the requests under way are done; where
+        GET_VRING_BASE_INFLIGHT was negotiated some may be left in the in-flight buffer instead."""
         reply, _ = await self._ask(VringState, F.GET_VRING_BASE, VringState(index))
         return reply.num
 

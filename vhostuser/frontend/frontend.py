@@ -30,9 +30,13 @@ DRIVABLE = ~(
 """All virtio features but those that ``DriverQueue`` and ``FrontendRing`` have no part in unless they are told to."""
 
 DRIVABLE_PROTOCOL = ~(
-    ProtocolFeature.INBAND_NOTIFICATIONS.mask | ProtocolFeature.XEN_MMAP.mask | ProtocolFeature.GPA_ADDRESSES.mask
+    ProtocolFeature.INBAND_NOTIFICATIONS.mask
+    | ProtocolFeature.XEN_MMAP.mask
+    | ProtocolFeature.GPA_ADDRESSES.mask
+    | ProtocolFeature.GET_VRING_BASE_INFLIGHT.mask
 )
-"""All protocol features but those under which ``Frontend.start_ring`` or memory messages would mean something else."""
+"""All protocol features but those under which ``Frontend.start_ring``, ``stop_ring`` or memory messages would mean
+something else."""
 
 
 class Frontend(Calls):

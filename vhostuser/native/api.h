@@ -191,6 +191,9 @@ int vu_queue_disarm(vu_queue *queue);
 void vu_queue_set_call(vu_queue *queue, int fd);
 /* The next signal is sent whatever the driver asked for: once after (re)start. */
 void vu_queue_force_signal(vu_queue *queue);
+/* From any thread, before the queue's own is told to stop: chains under way may be left in the in-flight region. 0 and
+ * nothing without one. */
+int vu_queue_leave(vu_queue *queue);
 
 /* Signals an eventfd of the front-end's without ever waiting, once vu_event_open has been called: 0 or VU_E_SYS. For
  * threads that must not wait (event.c says why a write will not do). */

@@ -61,6 +61,7 @@ struct vu_blk_run {
     /* Of blk_transfer.c. */
     bool uncached;           /* the file system cannot tell what the page cache has */
     bool alone;              /* no io_uring can be had: everything waits */
+    bool leaving;            /* what does not end by itself stays in flight */
     struct vu_uring *uring;  /* NULL until the first transfer that needs it */
     uint8_t *bounces;        /* NULL without O_DIRECT */
     uint32_t bounces_taken;  /* bit n: the nth is a transfer's */
@@ -88,6 +89,9 @@ static inline bool vu_blk_writeback(const vu_blk *blk)
 int vu_blk_transfers_open(struct vu_blk_run *run);
 /* Waits for what the kernel has of them: from then on it does not touch guest memory. */
 void vu_blk_transfers_close(struct vu_blk_run *run);
+/* Ends those that the kernel gives up when it is asked to, without a status: their chains stay in flight. Nothing else
+ * is given up, so what vu_blk_transfers_out counts still has to be waited for. Again: nothing. */
+void vu_blk_transfers_leave(struct vu_blk_run *run);
 /* Transfers that are under way. */
 uint32_t vu_blk_transfers_out(const struct vu_blk_run *run);
 

@@ -87,6 +87,12 @@ static bool takes_more(const struct vu_blk_run *run)
     return !run->engine.stopping && run->free;
 }
 
+/* Whether what is under way is left to whoever serves the ring next. */
+static bool leaves(const struct vu_blk_run *run)
+{
+    return run->engine.stopping && vu_queue_leaves(run->queue);
+}
+
 /* Each chain may become a transfer, so no more are taken than can be under way. */
 static uint32_t most(const struct vu_blk_run *run)
 {
@@ -103,7 +109,7 @@ static int serve_popped(struct vu_blk_run *run)
 
 static int serve_collected(struct vu_blk_run *run)
 {
-    int collected = run->engine.ahead && run->free ? vu_ahead_collect(run->queue, run->chains, most(run)) : 0;
+    int collected = run->engine.ahead && run->free && !run->leaving ? vu_ahead_collect(run->queue, run->chains, most(run)) : 0;
     int code = collected > 0 ? serve_all(run, (uint32_t)collected) : collected;
     return code < 0 ? code : collected;
 }
@@ -112,6 +118,8 @@ static int serve_collected(struct vu_blk_run *run)
 static int work(void *of)
 {
     struct vu_blk_run *run = of;
+    if (leaves(run))
+        vu_blk_transfers_leave(run);
     int popped = serve_popped(run);
     int collected = popped < 0 ? 0 : serve_collected(run);
     int ended = popped < 0 || collected < 0 ? 0 : serve_pending(run);
@@ -121,7 +129,7 @@ static int work(void *of)
 static bool kept(const void *of)
 {
     const struct vu_blk_run *run = of;
-    return vu_ahead_waiting(run->queue) || vu_blk_transfers_out(run);
+    return vu_blk_transfers_out(run) || (vu_ahead_waiting(run->queue) && !leaves(run));
 }
 
 /* While a medium is waited for it sleeps at once: what polling saves is little beside that wait, and costs as much CPU as

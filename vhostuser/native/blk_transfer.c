@@ -289,12 +289,24 @@ int vu_blk_transfer_next(struct vu_blk_run *run, const struct vu_blk_transfer **
             continue;
         }
         struct vu_blk_transfer *transfer = &run->transfers[cookie];
-        int status = take_in(run, transfer, result) ? go_on(run, transfer) : end(run, transfer);
+        bool goes_on = take_in(run, transfer, result);
+        if (run->leaving && transfer->done < transfer->length) {
+            end(run, transfer); /* whoever serves the ring next does it from the start */
+            continue;
+        }
+        int status = goes_on ? go_on(run, transfer) : end(run, transfer);
         *ended = transfer;
         if (status != VU_BLK_PENDING)
             return status;
     }
     return VU_BLK_PENDING;
+}
+
+void vu_blk_transfers_leave(struct vu_blk_run *run)
+{
+    if (run->uring && !run->leaving)
+        vu_uring_cancel(run->uring);
+    run->leaving = true;
 }
 
 uint32_t vu_blk_transfers_out(const struct vu_blk_run *run)

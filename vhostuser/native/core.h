@@ -146,6 +146,8 @@ struct vu_span vu_log_span(const vu_log *log);
 const vu_map *vu_queue_map(const vu_queue *queue);
 /* Whether the queue is broken, but what was taken before can still be returned. */
 bool vu_queue_drains(const vu_queue *queue);
+/* Chains under way need not be returned before a stop: the in-flight region has them. */
+bool vu_queue_leaves(const vu_queue *queue);
 uint32_t vu_queue_size(const vu_queue *queue); /* entries */
 /* The device only ever reads what is offered here. */
 void vu_queue_only_reads(vu_queue *queue);
@@ -181,6 +183,8 @@ void vu_uring_sync(struct vu_uring *uring, int fd, uint64_t cookie);
 bool vu_uring_submit(struct vu_uring *uring);
 /* Takes one that has ended, in any order, and what its system call would have returned or -errno; false: none. */
 bool vu_uring_next(struct vu_uring *uring, uint64_t *cookie, int *result);
+/* Asks the kernel to give up what it has. All of it still comes through vu_uring_next, as done or with an error. */
+void vu_uring_cancel(struct vu_uring *uring);
 
 /* ---- fault-ahead ------------------------------------------------------------------------------------------------ */
 

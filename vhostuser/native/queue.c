@@ -118,6 +118,17 @@ bool vu_queue_drains(const vu_queue *queue)
     return vu_queue_broken(queue) && !queue->silenced;
 }
 
+int vu_queue_leave(vu_queue *queue)
+{
+    atomic_store(&queue->leaves, queue->region != NULL);
+    return queue->region != NULL;
+}
+
+bool vu_queue_leaves(const vu_queue *queue)
+{
+    return atomic_load(&queue->leaves);
+}
+
 const vu_map *vu_queue_map(const vu_queue *queue)
 {
     return queue->map;

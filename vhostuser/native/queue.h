@@ -239,6 +239,7 @@ struct vu_queue {
     int silenced;       /* why nothing more is returned either */
     _Atomic int call;
     _Atomic bool forced; /* the next signal goes out whatever the driver asked for */
+    _Atomic bool leaves; /* chains under way need not be returned before a stop */
     bool started;        /* the ring's own indexes have been read */
     bool only_reads;     /* no buffer is written into, whatever its descriptor says */
     _Atomic uint16_t broken_head;

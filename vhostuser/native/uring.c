@@ -15,6 +15,9 @@
 
 #include "core.h"
 
+/* The cookie of what is no request of others. */
+#define CANCEL UINT64_MAX
+
 struct vu_uring {
     int fd;
     uint32_t mask, completion_mask;
@@ -193,7 +196,7 @@ static bool take_back(struct vu_uring *uring, uint64_t *cookie, int *result)
     return true;
 }
 
-bool vu_uring_next(struct vu_uring *uring, uint64_t *cookie, int *result)
+static bool next(struct vu_uring *uring, uint64_t *cookie, int *result)
 {
     uint32_t head = *uring->completion_head;
     if (head == __atomic_load_n(uring->completion_tail, __ATOMIC_ACQUIRE))
@@ -204,4 +207,27 @@ bool vu_uring_next(struct vu_uring *uring, uint64_t *cookie, int *result)
     uring->out--;
     __atomic_store_n(uring->completion_head, head + 1, __ATOMIC_RELEASE);
     return true;
+}
+
+bool vu_uring_next(struct vu_uring *uring, uint64_t *cookie, int *result)
+{
+    bool found;
+    do
+        found = next(uring, cookie, result);
+    while (found && *cookie == CANCEL);
+    return found;
+}
+
+/* Before Linux 5.19 the kernel does not know these flags, and gives nothing up. */
+void vu_uring_cancel(struct vu_uring *uring)
+{
+    vu_uring_submit(uring);
+    if (uring->refused)
+        return;
+    add(uring, &(struct io_uring_sqe){
+                   .opcode = IORING_OP_ASYNC_CANCEL,
+                   .cancel_flags = IORING_ASYNC_CANCEL_ALL | IORING_ASYNC_CANCEL_ANY,
+                   .user_data = CANCEL,
+               });
+    vu_uring_submit(uring);
 }
