@@ -172,7 +172,12 @@ def _negotiated(*features: P | V) -> Gate:
 def _frontend_rows() -> Iterator[Row]:
     """Ids 1 to 18: the set of the first vhost-user, which later features only gave variants."""
     yield Row(code=F.GET_FEATURES, reply=(U64,))
-    yield Row(code=F.SET_FEATURES, request=(U64,), rules=(rules.only_offered_features,))
+    yield Row(
+        code=F.SET_FEATURES,
+        request=(U64,),
+        rules=(rules.only_offered_features,),
+        note="with STATUS a refusal can be told by FEATURES_OK, and does not close",
+    )
     yield Row(code=F.SET_OWNER)
     yield Row(code=F.RESET_OWNER, silent=True, note="disables all rings and changes nothing else")
     yield (
@@ -297,7 +302,11 @@ def _frontend_extension_rows() -> Iterator[Row]:
     )
     yield Row(code=F.SET_INFLIGHT_FD, request=(Inflight,), fds=(1, 1), gate=_negotiated(P.INFLIGHT_SHMFD))
     yield Row(code=F.GPU_SET_SOCKET, fds=(1, 1), unserved="for graphics devices")
-    yield Row(code=F.RESET_DEVICE, gate=_offered(P.RESET_DEVICE), unserved=_NOT_OFFERED)
+    yield Row(
+        code=F.RESET_DEVICE,
+        gate=_offered(P.RESET_DEVICE),
+        note="stops and disables all rings; memory, features and the connection stay",
+    )
     yield Row(
         code=F.VRING_KICK,
         request=_STATE,
@@ -324,9 +333,9 @@ def _frontend_extension_rows() -> Iterator[Row]:
         gate=_negotiated(P.STATUS),
         rules=(rules.status_byte,),
         silent=True,
-        unserved=_NOT_OFFERED,
+        note="rings are served from DRIVER_OK on; 0 stops them all",
     )
-    yield Row(code=F.GET_STATUS, reply=(U64,), gate=_negotiated(P.STATUS), unserved=_NOT_OFFERED)
+    yield Row(code=F.GET_STATUS, reply=(U64,), gate=_negotiated(P.STATUS))
     # QEMU sends no UUID at all (it never sets the size), and nobody agrees on the reply's payload: the descriptor is
     # it.
     yield Row(

@@ -15,7 +15,7 @@ class RingEvent(Enum):
 
     KICK = "a kick was seen, by descriptor or in band"
     POLL = "SET_VRING_KICK without a descriptor"
-    STOP = "GET_VRING_BASE"
+    STOP = "GET_VRING_BASE, or SET_STATUS 0"
     ENABLE = "SET_VRING_ENABLE 1, or SET_FEATURES without PROTOCOL_FEATURES"
     DISABLE = "SET_VRING_ENABLE 0, or RESET_OWNER"
     RESET = "RESET_DEVICE"

@@ -7,9 +7,10 @@ new one.
 
 from vhostuser.protocol.catalog import BACKEND, FRONTEND, Row
 from vhostuser.protocol.codec import Header
+from vhostuser.protocol.codes import DeviceStatus, ProtocolFeature, VirtioFeature
 from vhostuser.protocol.codes import FrontendRequest as F
-from vhostuser.protocol.codes import ProtocolFeature, VirtioFeature
-from vhostuser.protocol.exchange import Client, Code, Request, Server
+from vhostuser.protocol.errors import RequestRefused
+from vhostuser.protocol.exchange import Client, Code, Outgoing, Request, Server
 from vhostuser.protocol.payloads import U64, Payload, PostcopyAck
 from vhostuser.protocol.postcopy import ACK_IDS, EXCHANGING_BASES, Effect, Postcopy
 from vhostuser.protocol.ring import Ring
@@ -48,6 +49,11 @@ class _Negotiated:
     def suspended(self) -> bool:
         """Are all rings stopped? Section "Suspended device state"."""
         return self._state.suspended
+
+    @property
+    def status(self) -> DeviceStatus:
+        """The virtio device status (SET_STATUS), NEEDS_RESET among it; 0 where STATUS was not negotiated."""
+        return self._state.status | self._state.needs_reset * DeviceStatus.NEEDS_RESET
 
     def has(self, feature: ProtocolFeature | VirtioFeature) -> bool:
         """Was the feature negotiated?"""
@@ -101,6 +107,15 @@ class BackendSession(FrontendRequests):
         """Ring `index` was kicked through its descriptor: it is started."""
         self._state.kicked(index)
 
+    @property
+    def ready(self) -> bool:
+        """May rings be served? With STATUS not before DRIVER_OK."""
+        return self._state.ready
+
+    def ask_for_reset(self) -> None:
+        """The device cannot go on: GET_STATUS says NEEDS_RESET until it is reset."""
+        self._state.needs_reset = True
+
     def lost(self) -> Effect:
         """The connection is gone; stops all rings. Returns what to do about memory: Effect.REVOKE or Effect.NOTHING."""
         return self._state.lost()
@@ -112,7 +127,17 @@ class BackendSession(FrontendRequests):
     def _known(self, request: Request) -> Payload | None:
         if isinstance(request.code, F) and request.code in self._answers:
             return U64(self._answers[request.code])
+        if request.code is F.GET_STATUS:
+            return U64(self.status)
         return super()._known(request)
+
+    def _refuse(self, request: Request, refusal: RequestRefused) -> Outgoing | None:
+        if request.code is F.SET_FEATURES:
+            self._state.features_refused = True
+            # With a status it is told all the same: FEATURES_OK does not stay.
+            if self.has(ProtocolFeature.STATUS) and not self._acks(request.need_reply):
+                return None
+        return super()._refuse(request, refusal)
 
 
 class FrontendSession(_Negotiated, Client):

@@ -5,7 +5,7 @@ by the end that fulfilled it after its answer was made, by the end that sent it 
 """
 
 from vhostuser.protocol.catalog import Gate, Row, When
-from vhostuser.protocol.codes import BackendRequest, ProtocolFeature, VirtioFeature
+from vhostuser.protocol.codes import BackendRequest, DeviceStatus, ProtocolFeature, VirtioFeature
 from vhostuser.protocol.codes import FrontendRequest as F
 from vhostuser.protocol.payloads import U64, Payload, VringFd, VringState
 from vhostuser.protocol.postcopy import EXCHANGING_BASES, HANDSHAKE, INPUTS, LOST, Effect, Postcopy
@@ -22,6 +22,11 @@ class State:
         self.protocol_features = 0
         self.rings = tuple(Ring() for _ in range(queue_count))
         self.postcopy = Postcopy.IDLE
+        self.status = DeviceStatus(0)
+        """As the driver wrote it, without the bit that is the device's (NEEDS_RESET)."""
+        self.needs_reset = False
+        self.features_refused = False
+        """The last SET_FEATURES was refused: FEATURES_OK does not stay (virtio 1.3, 3.1.1)."""
 
     def has(self, feature: ProtocolFeature | VirtioFeature) -> bool:
         """Was it negotiated?"""
@@ -37,6 +42,16 @@ class State:
     def suspended(self) -> bool:
         """Are all rings stopped? Then the back-end writes no guest memory, notifies nobody and sends no requests."""
         return not any(ring.started for ring in self.rings)
+
+    @property
+    def ready(self) -> bool:
+        """May rings be served at all? "The device MUST NOT consume buffers [...] before DRIVER_OK" (virtio 1.3, 2.1.2).
+
+        Without STATUS a back-end hears of no DRIVER_OK, and the first kick stands for it.
+        """
+        if not self.has(ProtocolFeature.STATUS):
+            return True
+        return bool(self.status & DeviceStatus.DRIVER_OK) and not self.features_refused
 
     def missing(self, gate: Gate) -> str:
         """The feature that `gate` asks for and this connection lacks, in words; empty if the gate is open."""
@@ -76,11 +91,24 @@ class State:
         match code, payload:
             case F.SET_FEATURES, U64(value):
                 self.features = value
+                self.features_refused = False
                 # With the bit set nothing happens to the rings: toggling LOG_ALL must not halt a device.
                 if not self.has(VirtioFeature.PROTOCOL_FEATURES):
                     self._every_ring(RingEvent.ENABLE)
             case F.SET_PROTOCOL_FEATURES, U64(value):
                 self.protocol_features = value
+            case F.RESET_OWNER, _:
+                self._every_ring(RingEvent.DISABLE)
+            case F.RESET_DEVICE, _:
+                self._every_ring(RingEvent.RESET)
+                self._set_status(0)
+            case F.SET_STATUS, U64(value):
+                self._set_status(value)
+            case _:
+                self._change_ring(code, payload)
+
+    def _change_ring(self, code: F, payload: Payload) -> None:
+        match code, payload:
             case F.SET_VRING_ENABLE, VringState(index, num):
                 self.rings[index].apply(RingEvent.ENABLE if num else RingEvent.DISABLE)
             case F.GET_VRING_BASE, VringState(index):
@@ -89,10 +117,6 @@ class State:
                 self.rings[index].apply(RingEvent.KICK)
             case F.SET_VRING_KICK, VringFd(index, has_fd=False):
                 self.rings[index].apply(RingEvent.POLL)
-            case F.RESET_OWNER, _:
-                self._every_ring(RingEvent.DISABLE)
-            case F.RESET_DEVICE, _:
-                self._every_ring(RingEvent.RESET)
 
     def learn(self, code: F | BackendRequest, reply: Payload) -> None:
         """The front-end has the answer to its question."""
@@ -103,6 +127,13 @@ class State:
                 self.features_offered = value
             case F.GET_PROTOCOL_FEATURES, U64(value):
                 self.protocol_features_offered = value
+
+    def _set_status(self, value: int) -> None:
+        keeps = ~(DeviceStatus.NEEDS_RESET | self.features_refused * DeviceStatus.FEATURES_OK)
+        self.status = DeviceStatus(value & keeps)
+        if not value:
+            self.needs_reset = False
+            self._every_ring(RingEvent.STOP)
 
     def _every_ring(self, event: RingEvent) -> None:
         for ring in self.rings:

@@ -267,6 +267,8 @@ class Witness:
         asked = found.answers.payload if found.answers else found.payload
         if isinstance(asked, VringState | VringFd) and asked.index < MOST_QUEUES and not found.complaints:
             self._name(found.row.code, asked)
+        if found.row.code is F.RESET_DEVICE or (found.row.code is F.SET_STATUS and asked == U64(0)):
+            self._armed.clear()
         now = {index: self._look(index) for index in self._rings}
         changed = tuple(state for index, state in now.items() if state != self._rings[index])
         self._rings = now
@@ -293,5 +295,6 @@ _ABOUT_RINGS: Final = frozenset(
         F.VRING_KICK,
         F.RESET_OWNER,
         F.RESET_DEVICE,
+        F.SET_STATUS,
     }
 )

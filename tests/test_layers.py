@@ -34,7 +34,7 @@ ALLOWED = {
     "lifecycle": RUNTIME - {"channel", "postcopy", "record"} | {"regions"},
     "arguments": {"protocol", "channel", "ring"},
     "ring_requests": {"protocol", "arguments", "lifecycle", "ring"},
-    "device_requests": {"protocol", "arguments", "device"},
+    "device_requests": {"protocol", "arguments", "device", "lifecycle"},
     "connection": RUNTIME
     | {"announcements", "arguments", "lifecycle", "offer", "regions", "transfer", "watch"}
     | {"ring_requests", "device_requests"},

@@ -41,6 +41,7 @@ from vhostuser.protocol import (
     Inflight,
     Log,
     MemoryTable,
+    ProtocolFeature,
     RemoteProtocolError,
     Reply,
     Request,
@@ -63,7 +64,15 @@ from vhostuser.watch import MessageWatch
 
 log = logging.getLogger("vhostuser")
 
-_STOPPING = frozenset({FrontendRequest.GET_VRING_BASE, FrontendRequest.SET_VRING_ENABLE, FrontendRequest.RESET_OWNER})
+_STOPPING = frozenset(
+    {
+        FrontendRequest.GET_VRING_BASE,
+        FrontendRequest.SET_VRING_ENABLE,
+        FrontendRequest.RESET_OWNER,
+        FrontendRequest.RESET_DEVICE,
+        FrontendRequest.SET_STATUS,
+    }
+)
 """Requests by whose answer rings have stopped, and with the last of them the device."""
 
 # How long requests under way may go on when their front-end has gone, in seconds: the next one waits for them.
@@ -103,14 +112,14 @@ class Connection:
             max_slots=mem_slots,
         )
         self._mem_slots = mem_slots
-        self._life = Lifecycle(name, device, self._session, self._channel.end)
+        self._life = Lifecycle(name, device, self._session, failed=self._channel.end, broke=self._broke)
         self._regions = Regions(name, postcopy, record, self._life.memory_whole)
         self._watch = MessageWatch(name, self._waits_for)
         self._sending = False
         self._announcements = Announcements(name, self._session)
         device.announce += (self._announcements.config_changed,)
         self._of_rings = RingRequests(self._life, device.queue_size, self._kicked)
-        self._of_device = DeviceRequests(device)
+        self._of_device = DeviceRequests(name, device, self._session, self._life)
         self._transfer = StateTransfer(device, lambda: self._session.suspended)
 
     # ---- the life of the connection
@@ -250,6 +259,7 @@ class Connection:
 
     async def _set_features(self, request: Request) -> None:
         features = payload_of(request, U64).value
+        self.device.check_features(features)
         log.info("%s: features: %s", self.name, feature_names(features))
         changes = features ^ self._session.features
         # The halt alone is not enough: nothing may be started again before finish() has the new features.
@@ -354,6 +364,13 @@ class Connection:
         self._life.kicked(ring)
         self._announcements.send_due()
 
+    def _broke(self, ring: Ring) -> None:
+        """To the driver a ring that is broken is a device that needs a reset (virtio 1.3, 2.1.2)."""
+        ring.signal_err()
+        if self._session.has(ProtocolFeature.STATUS):
+            self._session.ask_for_reset()
+            self._announcements.config_changed()
+
     async def _set_backend_req_fd(self, request: Request) -> None:
         self._announcements.take_channel(fds_of(request))
 
@@ -392,6 +409,7 @@ class Connection:
             "socket": self.name,
             "features": feature_names(session.features),
             "protocol_features": protocol_feature_names(session.protocol_features),
+            "status": session.status.name or "",
             "regions": [region.state() for region in self.memory.regions],
             "memory_usable": self._regions.usable,
             "dirty_log": self._life.dirty_log is not None,
@@ -432,6 +450,8 @@ HANDLERS: dict[int, _Handler] = {
     FrontendRequest.NET_SET_MTU: _by_device(DeviceRequests.net_set_mtu),
     FrontendRequest.SET_BACKEND_REQ_FD: Connection._set_backend_req_fd,
     FrontendRequest.GET_CONFIG: _by_device(DeviceRequests.get_config),
+    FrontendRequest.SET_STATUS: _by_device(DeviceRequests.set_status),
+    FrontendRequest.RESET_DEVICE: _by_device(DeviceRequests.reset_device),
     FrontendRequest.SET_CONFIG: _by_device(DeviceRequests.set_config),
     FrontendRequest.POSTCOPY_ADVISE: Connection._postcopy_advise,
     FrontendRequest.POSTCOPY_LISTEN: Connection._postcopy_listen,

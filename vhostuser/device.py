@@ -109,6 +109,17 @@ class Device:
         for announce in self.announce:
             announce()
 
+    def check_features(self, features: int) -> None:
+        """Raises RequestRefused for virtio bits that the device cannot work with: a set without VERSION_1, say.
+
+        All of them were offered. The front-end learns of it by the refusal of SET_FEATURES, and where STATUS was
+        negotiated by FEATURES_OK, which does not stay. Control thread; must not block.
+        """
+
+    def reset(self) -> None:
+        """Forgets what drivers have told it and is as it was made (RESET_DEVICE). Every ring is stopped, and so is the
+        device. Control thread; must not block."""
+
     def set_mtu(self, mtu: int) -> None:
         """The MTU that the guest was told, in bytes (NET_SET_MTU). Control thread; must not block.
 

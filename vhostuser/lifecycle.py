@@ -40,14 +40,24 @@ class _LeftBehind(Exception):
 class Lifecycle:
     """Owns the rings and the data thread, which is made when the device first starts.
 
-    ``failed`` is called when the device cannot go on: its front-end must not wait for ever.
+    ``failed`` is called when the device cannot go on: its front-end must not wait for ever. ``broke`` is called when a
+    ring cannot go on, or cannot start as it is set up.
     """
 
-    def __init__(self, name: str, device: Device, session: BackendSession, failed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        session: BackendSession,
+        *,
+        failed: Callable[[], None],
+        broke: Callable[[Ring], None],
+    ) -> None:
         self._name = name
         self._device = device
         self._session = session
         self._failed = failed
+        self._broke = broke
         self.rings = [Ring(index) for index in range(device.queues)]
         self.dirty_log: DirtyLog | None = None
         self.inflight: InflightRegion | None = None
@@ -186,6 +196,8 @@ class Lifecycle:
     def _served(self, ring: Ring) -> bool:
         """As the two ends have agreed: also where a disabled ring has somebody to throw its requests away."""
         agreed = self._session.rings[ring.index]
+        if not self._session.ready:
+            return False
         return agreed.runs or (agreed.started and self._device.disabled_engine(ring.index) is not None)
 
     def _any_wanted(self) -> bool:
@@ -310,7 +322,7 @@ class Lifecycle:
         except QueueBroken as error:
             if ring.obstacle != str(error):
                 log.error("%s: ring %d cannot start: %s", self._name, ring.index, error)
-                ring.signal_err()
+                self._broke(ring)
             ring.obstacle = str(error)
             return
         ring.obstacle = ""
@@ -334,7 +346,7 @@ class Lifecycle:
             return
         log.error("%s: ring %d stopped: %s", self._name, ring.index, broken)
         ring.broken = broken
-        ring.signal_err()
+        self._broke(ring)
         self._changed.set()
 
 

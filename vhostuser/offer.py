@@ -23,7 +23,9 @@ _PROTOCOL_FEATURES = (
     ProtocolFeature.BACKEND_REQ,
     ProtocolFeature.CONFIG,
     ProtocolFeature.INFLIGHT_SHMFD,
+    ProtocolFeature.RESET_DEVICE,
     ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    ProtocolFeature.STATUS,
 )
 
 

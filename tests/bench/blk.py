@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from vhostuser._native import ffi, lib  # noqa: E402
 from vhostuser.driverqueue import DriverQueue  # noqa: E402
-from vhostuser.frontend import Frontend, FrontendRing, SharedMemory  # noqa: E402
+from vhostuser.frontend import DRIVABLE_PROTOCOL, Frontend, FrontendRing, SharedMemory  # noqa: E402
 
 IMAGE = 64 << 20
 BLOCK = 4096
@@ -114,7 +114,7 @@ async def run(server: Server, depth: int, write: bool, seconds: float, blocks: i
     """One case on a fresh connection."""
     memory = SharedMemory((0, BUFFERS + depth * (BLOCK + 64)))
     async with await Frontend.connect(str(server.path)) as frontend:
-        await frontend.negotiate(protocol_features=~REPLY_ACK)
+        await frontend.negotiate(protocol_features=DRIVABLE_PROTOCOL & ~REPLY_ACK)
         await frontend.set_memory(memory)
         ring = FrontendRing(0, DriverQueue(memory.map, 0, 128, event_idx=True, indirect=True))
         await frontend.start_ring(ring, memory)

@@ -236,10 +236,22 @@ async def test_the_kinds_of_ack_that_peers_send(frontend: Frontend, peer: Script
 
 
 async def test_a_back_end_with_a_status_hears_when_the_rings_are_set_up(frontend: Frontend, peer: ScriptedPeer) -> None:
-    """DPDK waits for it. Without STATUS there is no such message."""
+    """Virtio 1.3, 3.1.1: FEATURES_OK is read back before DRIVER_OK is said. Without STATUS there is no such message."""
     await frontend.driver_ok()
     await negotiated(frontend, peer)
-    await asyncio.gather(frontend.driver_ok(), peer.follow(Expect(F.SET_STATUS, U64(0b1111)), Answer(U64(0))))
+    script = peer.follow(
+        *(Expect(F.SET_STATUS, U64(0b1011)), Answer(U64(0))),
+        *(Expect(F.GET_STATUS), Answer(U64(0b1011))),
+        *(Expect(F.SET_STATUS, U64(0b1111)), Answer(U64(0))),
+    )
+    await asyncio.gather(frontend.driver_ok(), script)
+
+
+async def test_features_that_the_back_end_cannot_work_with(frontend: Frontend, peer: ScriptedPeer) -> None:
+    await negotiated(frontend, peer)
+    script = peer.follow(Expect(F.SET_STATUS), Answer(U64(0)), Expect(F.GET_STATUS), Answer(U64(0b0011)))
+    with pytest.raises(RequestRefused, match="FEATURES_OK does not stay"):
+        await asyncio.gather(frontend.driver_ok(), script)
 
 
 async def test_a_back_end_that_offers_no_protocol_features(frontend: Frontend, peer: ScriptedPeer) -> None:

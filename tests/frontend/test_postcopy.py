@@ -15,7 +15,7 @@ from tests.frontend.test_calls import negotiated
 from tests.runtime.echo import Echo
 from vhostuser.device import Device
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.frontend import DRIVABLE, Frontend, FrontendRing, PostcopyClient, SharedMemory
+from vhostuser.frontend import DRIVABLE, DRIVABLE_PROTOCOL, Frontend, FrontendRing, PostcopyClient, SharedMemory
 from vhostuser.protocol import (
     U64,
     LocalProtocolError,
@@ -64,7 +64,7 @@ async def test_two_back_ends_share_one_memory(
     """Each has its userfaultfd and tells where it has mapped each region."""
     ends: list[tuple[Pair, PostcopyClient]] = []
     for pair in (pairs(Nothing()), pairs(Nothing())):
-        await pair.frontend.negotiate(protocol_features=~0 if slots else ~SLOTS)
+        await pair.frontend.negotiate(protocol_features=DRIVABLE_PROTOCOL & ~(0 if slots else SLOTS))
         client = await PostcopyClient.advise(pair.frontend)
         await client.listen()
         await client.share(memory)

@@ -255,7 +255,7 @@ def some_frames(count: int, dice: random.Random) -> list[bytes]:
 async def test_testpmd_sends_every_frame_back(testpmd: Frontend, mergeable: bool) -> None:
     """Mergeable, with buffers of 600 bytes: the larger frames come in up to three of them."""
     without = 0 if mergeable else 1 << MRG_RXBUF
-    await testpmd.negotiate(DRIVABLE & ~without)
+    await testpmd.negotiate(DRIVABLE & ~without, DRIVABLE_PROTOCOL | ProtocolFeature.STATUS.mask)
     net = Net(testpmd, slot_bytes=600 if mergeable else 2048)
     dice = random.Random(3)
     with ExitStack() as stack:

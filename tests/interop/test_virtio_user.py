@@ -105,8 +105,8 @@ async def through_the_loop(
     *options: str,
     source: str = "infinite_rx=0",
     least: int | None = None,
-) -> tuple[list[list[bytes]], str]:
-    """Sends the frames of each queue; what came back to each, all of them or ``least``, and the features negotiated."""
+) -> tuple[list[list[bytes]], dict[str, str]]:
+    """Sends the frames of each queue; what came back to each, all of them or ``least``, and what was negotiated."""
     for queue, some in enumerate(frames):
         write_capture(directory / f"in{queue}", some)
     socket, queues = directory / "socket", len(frames)
@@ -118,7 +118,7 @@ async def through_the_loop(
         counts = [least or len(some) for some in frames]
         got = await come_back(frontend, [directory / f"out{queue}" for queue in range(queues)], counts)
         (connection,) = (await backend.state())["connections"]
-        return got, connection["features"]
+        return got, {name: connection[name] for name in ("features", "protocol_features", "status")}
 
 
 @pytest.mark.parametrize("packed", [0, 1], ids=["split", "packed"])
@@ -127,12 +127,21 @@ async def through_the_loop(
 async def test_every_frame_comes_back_as_it_was_sent(
     tmp_path: Path, packed: int, mergeable: int, in_order: int
 ) -> None:
-    """Without mergeable buffers the longest frame has to fit into one. Two queues in every second case."""
+    """Without mergeable buffers the longest frame has to fit into one. Two queues in every second case.
+
+    It tells the device status where it can (STATUS), up to DRIVER_OK, without which no frame would have come back.
+    """
     queues = 1 + (packed ^ mergeable ^ in_order)
     frames = [some_frames(queue) for queue in range(queues)]
     device = f"packed_vq={packed},mrg_rxbuf={mergeable},in_order={in_order}"
-    got, features = await through_the_loop(tmp_path, frames, device, *() if mergeable else (LONG_BUFFERS,))
-    assert [name in features.split() for name in ("RING_PACKED", "IN_ORDER", "bit15")] == [packed, in_order, mergeable]
+    got, agreed = await through_the_loop(tmp_path, frames, device, *() if mergeable else (LONG_BUFFERS,))
+    assert [name in agreed["features"].split() for name in ("RING_PACKED", "IN_ORDER", "bit15")] == [
+        packed,
+        in_order,
+        mergeable,
+    ]
+    assert "STATUS" in agreed["protocol_features"].split()
+    assert agreed["status"] == "ACKNOWLEDGE|DRIVER|DRIVER_OK|FEATURES_OK"
     assert got == frames
 
 

@@ -13,7 +13,7 @@ import threading
 
 from vhostuser.device import Device
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.frontend import DRIVABLE, FrontendRing, SharedMemory
+from vhostuser.frontend import DRIVABLE, DRIVABLE_PROTOCOL, FrontendRing, SharedMemory
 from vhostuser.memory import Region
 from vhostuser.protocol import (
     FrontendRequest,
@@ -161,7 +161,7 @@ class Migration:
         return [os.pread(self.target, 9, DATA + number * 4 * PAGE + PAGE) for number in range(REQUESTS)]
 
     async def advise(self) -> None:
-        wanted = ~0 if self.slots else ~ProtocolFeature.CONFIGURE_MEM_SLOTS.mask
+        wanted = DRIVABLE_PROTOCOL & ~(0 if self.slots else ProtocolFeature.CONFIGURE_MEM_SLOTS.mask)
         # The driver's ring has no event index: it wants a call for everything.
         await self.frontend.negotiate(DRIVABLE & ~VirtioFeature.RING_EVENT_IDX.mask, wanted)
         _, fds = await self.frontend.request(F.POSTCOPY_ADVISE)

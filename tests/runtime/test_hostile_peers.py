@@ -18,7 +18,7 @@ from vhostuser import measures
 from vhostuser.backend import Backend
 from vhostuser.devices.blk import Blk, BlkSettings
 from vhostuser.devices.image import Image
-from vhostuser.frontend import Frontend, FrontendRing
+from vhostuser.frontend import DRIVABLE_PROTOCOL, Frontend, FrontendRing
 from vhostuser.metrics import value_in
 from vhostuser.protocol import Config, FrontendRequest, Inflight, ProtocolFeature, RequestRefused, VringFd, VringState
 from vhostuser.testing.pair import Pair, connect
@@ -422,7 +422,7 @@ async def test_without_config_nothing_is_announced_and_the_channel_stays(
 ) -> None:
     device = Echo()
     pair = pairs(device)
-    await pair.frontend.negotiate(protocol_features=~ProtocolFeature.CONFIG.mask)
+    await pair.frontend.negotiate(protocol_features=DRIVABLE_PROTOCOL & ~ProtocolFeature.CONFIG.mask)
     ours = await channel(pair)
     await pair.frontend.request(F.SET_VRING_KICK, VringFd(0, has_fd=False))
     device.config_changed()
@@ -453,7 +453,7 @@ async def test_a_channel_whose_reader_sleeps_holds_up_nothing_and_does_not_grow(
 async def test_channels_that_follow_each_other_at_once_are_all_closed() -> None:
     """A task that is cancelled before its first step runs no finally."""
     pair = connect(Echo())
-    await pair.frontend.negotiate(protocol_features=~ProtocolFeature.REPLY_ACK.mask)
+    await pair.frontend.negotiate(protocol_features=DRIVABLE_PROTOCOL & ~ProtocolFeature.REPLY_ACK.mask)
     pairs_of_sockets = [socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(5)]
     for _, theirs in pairs_of_sockets:
         await pair.frontend.send_raw(bytes.fromhex("15000000 01000000 00000000"), (theirs.fileno(),))

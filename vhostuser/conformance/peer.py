@@ -42,8 +42,6 @@ MEMORY = 8 * MIB
 RINGS = 64 * 1024
 """Guest memory for each ring, from address 0 on; requests follow from 1 MiB on."""
 _HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-# With a status a back-end may serve no ring before DRIVER_OK (DPDK), which no rule about rings is to depend on.
-_PROTOCOL = DRIVABLE_PROTOCOL & ~ProtocolFeature.STATUS.mask
 PLAIN = VirtioFeature.VERSION_1.mask | VirtioFeature.PROTOCOL_FEATURES.mask
 
 
@@ -112,7 +110,7 @@ class Peer:
         ``without``, and ``also`` what this suite does not drive a ring with."""
         wanted = PLAIN | sum(feature.mask for feature in features)
         wanted &= ~VirtioFeature.VERSION_1.mask if legacy else wanted
-        protocol = _PROTOCOL | sum(feature.mask for feature in also)
+        protocol = DRIVABLE_PROTOCOL | sum(feature.mask for feature in also)
         await self.frontend.negotiate(wanted, protocol & ~sum(feature.mask for feature in without))
         return self.frontend
 

@@ -203,6 +203,10 @@ class Blk(Device):
             if self._engine is not None:
                 self._engine.set_writeback(self._cached())
 
+    def reset(self) -> None:
+        """The write cache is as the owner of the disk has it."""
+        self._writeback = self._settings.writeback
+
     def _has(self, feature: BlkFeature) -> bool:
         return bool(self._negotiated >> feature & 1)
 

@@ -179,6 +179,10 @@ class Net(Device):
         if (engine := self._counted[1]) is not None:
             engine.set_mtu(mtu)
 
+    def reset(self) -> None:
+        """Its MTU is the owner's again."""
+        self._mtu = self._settings.mtu
+
     def announce_guest(self, mac: bytes) -> None:
         """A reverse ARP request (RFC 903) from the guest's address, so that switches learn where it is now."""
         request = struct.pack(">HHBBH", 1, 0x0800, 6, 4, 3) + (mac + bytes(4)) * 2

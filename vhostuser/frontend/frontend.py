@@ -17,7 +17,14 @@ from vhostuser.frontend.calls import Calls
 from vhostuser.frontend.channel import Answerer, BackendRequests, config_changes_only
 from vhostuser.frontend.memory import SharedLog, SharedMemory
 from vhostuser.frontend.ring import FrontendRing
-from vhostuser.protocol import DeviceStatus, FrontendRequest, LocalProtocolError, ProtocolFeature, VirtioFeature
+from vhostuser.protocol import (
+    DeviceStatus,
+    FrontendRequest,
+    LocalProtocolError,
+    ProtocolFeature,
+    RequestRefused,
+    VirtioFeature,
+)
 
 DRIVABLE = ~(
     VirtioFeature.LOG_ALL.mask  # of no use before there is a log
@@ -31,6 +38,7 @@ DRIVABLE = ~(
 
 DRIVABLE_PROTOCOL = ~(
     ProtocolFeature.INBAND_NOTIFICATIONS.mask
+    | ProtocolFeature.STATUS.mask  # for those who say driver_ok when their rings are set up
     | ProtocolFeature.XEN_MMAP.mask
     | ProtocolFeature.GPA_ADDRESSES.mask
     | ProtocolFeature.GET_VRING_BASE_INFLIGHT.mask
@@ -155,10 +163,18 @@ class Frontend(Calls):
             await self.set_vring_enable(index, True)
 
     async def driver_ok(self) -> None:
-        """The rings are set up. With STATUS negotiated, a back-end may wait for this word (DPDK does); else nothing."""
-        if self.session.has(ProtocolFeature.STATUS):
-            ready = DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK | DeviceStatus.DRIVER_OK
-            await self.set_status(ready)
+        """The rings are set up: with STATUS negotiated, none is served before this word. Without STATUS nothing.
+
+        As drivers do it (virtio 1.3, 3.1.1): FEATURES_OK first, and read back. Raises RequestRefused where the back-end
+        cannot work with the features that it was given.
+        """
+        if not self.session.has(ProtocolFeature.STATUS):
+            return
+        agreed = DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK
+        await self.set_status(agreed)
+        if not await self.get_status() & DeviceStatus.FEATURES_OK:
+            raise RequestRefused(f"{self.name} cannot work with these features (FEATURES_OK does not stay)")
+        await self.set_status(agreed | DeviceStatus.DRIVER_OK)
 
     async def start_log(self, log: SharedLog) -> None:
         """Has the back-end mark what it writes in ``log``, as when a migration begins. Raises LocalProtocolError where

@@ -33,6 +33,7 @@ from tests.conformance.broken import (  # noqa: F401  (each adds its faults to t
     slots,
     split_rings,
     state,
+    status,
 )
 from tests.conformance.broken.registry import FAULTS, Fault
 

@@ -15,7 +15,6 @@ from vhostuser.connection import HANDLERS, Connection
 from vhostuser.device import Device
 from vhostuser.protocol import (
     FRONTEND,
-    U64,
     CryptoSession,
     Empty,
     ProtocolFeature,
@@ -29,7 +28,7 @@ from vhostuser.protocol import (
 P, V = ProtocolFeature, VirtioFeature
 
 OFFERED = (
-    *(P.RARP, P.MTU, P.CROSS_ENDIAN, P.CRYPTO_SESSION, P.RESET_DEVICE, P.INBAND_NOTIFICATIONS, P.STATUS),
+    *(P.RARP, P.MTU, P.CROSS_ENDIAN, P.CRYPTO_SESSION, P.INBAND_NOTIFICATIONS),
     *(P.SHARED_OBJECT, P.DEVICE_STATE, P.SHMEM),
 )
 STATE = b"the state of a disk: nothing"
@@ -57,14 +56,6 @@ async def _create_crypto_session(_: Connection, request: Request) -> Reply:
     return Reply(replace(request.payload, session_id=1))
 
 
-async def _set_status(connection: Connection, request: Request) -> None:
-    connection.status = request.payload  # type: ignore[attr-defined]
-
-
-async def _get_status(connection: Connection, _: Request) -> Reply:
-    return Reply(getattr(connection, "status", U64(0)))
-
-
 async def _get_shared_object(_: Connection, __: Request) -> Reply:
     return Reply(Empty(), fds=(os.memfd_create("object", os.MFD_CLOEXEC),))
 
@@ -82,8 +73,6 @@ _ANSWERS: dict[int, Any] = {
     F.SEND_RARP: _done,
     F.NET_SET_MTU: _done,
     F.CREATE_CRYPTO_SESSION: _create_crypto_session,
-    F.SET_STATUS: _set_status,
-    F.GET_STATUS: _get_status,
     F.GET_SHARED_OBJECT: _get_shared_object,
     F.GET_SHMEM_CONFIG: _get_shmem_config,
 }

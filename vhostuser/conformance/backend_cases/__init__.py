@@ -27,6 +27,7 @@ from vhostuser.conformance.backend_cases import (
     requests,
     ring_state,
     rings,
+    status,
 )
 from vhostuser.conformance.peer import Peer
 from vhostuser.conformance.suite import Case
@@ -56,6 +57,8 @@ _THEMES = (
     net_told.CASES,
     recovery.CASES,
     recovery.STATE,
+    status.CASES,
+    status.RESET,
     backend_channel.CASES,
     postcopy.CASES,
     personas.CASES,
