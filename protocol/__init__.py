@@ -48,6 +48,7 @@ from vhostuser.protocol.inflight import (
     inflight_parts,
 )
 from vhostuser.protocol.payloads import (
+    SHMEM_REGIONS,
     U64,
     Config,
     CryptoSession,
@@ -103,6 +104,7 @@ __all__ = [
     "NEED_REPLY",
     "NO_FD",
     "REPLY",
+    "SHMEM_REGIONS",
     "U64",
     "VERSION",
     "VHOST_VRING_F_LOG",

@@ -1,8 +1,8 @@
 """The message catalog: one row per message, the only place that knows what the message is.
 
-Its readers: exchange.py (sizes, descriptors, gates, answers), state.py (gates and variants), the documentation (table),
-tests and tools (names, generic cases for every row). What a message *does* to the connection is in state.py and
-postcopy.py.
+Its readers: exchange.py (sizes, descriptors, gates, answers), state.py (gates and variants), table.py (the
+documentation), tests and tools (names, generic cases for every row). What a message *does* to the connection is in
+state.py and postcopy.py.
 
 In `request` and `reply` the first payload is the one we send; the others are what peers are known to send instead.
 """
@@ -91,7 +91,7 @@ class Row:
     - refusal: how the reply says no; None if it cannot, and the connection must be closed.
     - silent: nothing depends on this message, so where no ack was asked for it may be refused without a word.
     - asks: whether our end sets need_reply, where that is not the caller's choice.
-    - unserved: why our runtime does not serve it; empty if it does.
+    - unserved: why our runtime does not serve it; empty if it does. hook: the class that a device mixes in to serve it.
     """
 
     code: F | B
@@ -107,6 +107,7 @@ class Row:
     asks: bool | None = None
     variants: tuple[Variant, ...] = field(default=(), repr=False)
     unserved: str = ""
+    hook: str = ""
     note: str = ""
 
     @property
@@ -158,6 +159,7 @@ _STATE: Final = (VringState,)
 _QUEUE: Final = (rules.queue_exists,)
 _NET: Final = "for network devices"
 _NOT_OFFERED: Final = "its feature is not offered"
+_XEN: Final = "such memory is mapped through the hypervisor, not from a descriptor"
 _NOT_SENT: Final = "our back-end has no use for it"
 
 
@@ -188,7 +190,7 @@ def _frontend_rows() -> Iterator[Row]:
             rules=(rules.some_region,),
             note="the reply holds the back-end's addresses",
         )
-        .when(When.XEN_MMAP, request=(XenMemoryTable,), unserved=_NOT_OFFERED)
+        .when(When.XEN_MMAP, request=(XenMemoryTable,), unserved=_XEN)
     )
     # The text gives the LOG_SHMFD reply no payload and peers differ (0, 8, 16 bytes; stale content). A front-end that
     # reads the u64 finds success in ours. It cannot say no: QEMU ignores it, and would lose dirty pages; so we close
@@ -267,7 +269,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
         reply=(CryptoSession,),
         gate=_negotiated(P.CRYPTO_SESSION),
         refusal=_NO_SESSION,
-        unserved=_NOT_OFFERED,
+        hook="CryptoSessions",
         note="layout not in the specification, see CryptoSession",
     )
     yield Row(
@@ -275,7 +277,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
         request=(U64,),
         gate=_negotiated(P.CRYPTO_SESSION),
         silent=True,
-        unserved=_NOT_OFFERED,
+        hook="CryptoSessions",
     )
     yield Row(code=F.POSTCOPY_ADVISE, reply=(Empty,), reply_fds=(1, 1), gate=_offered(P.PAGEFAULT), refusal=_NO_FD)
     # By the text an ordinary message. QEMU sets need_reply and reads a u64 even where REPLY_ACK was not negotiated.
@@ -301,7 +303,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
         refusal=_NO_BUFFER,
     )
     yield Row(code=F.SET_INFLIGHT_FD, request=(Inflight,), fds=(1, 1), gate=_negotiated(P.INFLIGHT_SHMFD))
-    yield Row(code=F.GPU_SET_SOCKET, fds=(1, 1), unserved="for graphics devices")
+    yield Row(code=F.GPU_SET_SOCKET, fds=(1, 1), hook="GpuSocket")
     yield Row(
         code=F.RESET_DEVICE,
         gate=_offered(P.RESET_DEVICE),
@@ -318,7 +320,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
     yield (
         Row(code=F.ADD_MEM_REG, request=(SingleRegion,), fds=(1, 1), gate=_negotiated(P.CONFIGURE_MEM_SLOTS))
         .when(When.POSTCOPY, reply=(SingleRegion,), note="the reply holds the back-end's address")
-        .when(When.XEN_MMAP, request=(XenSingleRegion,), unserved=_NOT_OFFERED)
+        .when(When.XEN_MMAP, request=(XenSingleRegion,), unserved=_XEN)
     )
     yield Row(
         code=F.REM_MEM_REG,
@@ -326,7 +328,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
         fds=(0, 1),
         gate=_negotiated(P.CONFIGURE_MEM_SLOTS),
         note="guest, user and size name the region; a descriptor is closed unused; in postcopy too QEMU reads no reply",
-    ).when(When.XEN_MMAP, request=(XenSingleRegion,), unserved=_NOT_OFFERED)
+    ).when(When.XEN_MMAP, request=(XenSingleRegion,), unserved=_XEN)
     yield Row(
         code=F.SET_STATUS,
         request=(U64,),
@@ -345,7 +347,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
         reply_fds=(1, 1),
         gate=_negotiated(P.SHARED_OBJECT),
         refusal=_NO_FD,
-        unserved=_NOT_OFFERED,
+        hook="SharedObjects",
     )
     yield Row(
         code=F.SET_DEVICE_STATE_FD,
@@ -365,7 +367,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
         done=_OK,
         refusal=_STATUS,
     )
-    yield Row(code=F.GET_SHMEM_CONFIG, reply=(ShmemConfig,), gate=_negotiated(P.SHMEM), unserved=_NOT_OFFERED)
+    yield Row(code=F.GET_SHMEM_CONFIG, reply=(ShmemConfig,), gate=_negotiated(P.SHMEM), hook="SharedMemoryRegions")
     yield Row(
         code=F.POSTCOPY_ACK,
         request=(PostcopyAck,),
@@ -391,12 +393,12 @@ def _backend_rows() -> Iterator[Row]:
         gate=_negotiated(P.HOST_NOTIFIER),
         rules=(*_QUEUE, rules.may_send_fd),
         silent=True,
-        unserved=_NOT_SENT,
+        hook="HostNotifiers",
     )
     yield Row(code=B.VRING_CALL, request=_STATE, gate=inband, rules=_QUEUE, silent=True, unserved=_NOT_SENT)
     yield Row(code=B.VRING_ERR, request=_STATE, gate=inband, rules=_QUEUE, silent=True, unserved=_NOT_SENT)
-    yield Row(code=B.SHARED_OBJECT_ADD, request=(Uuid,), gate=shared, silent=True, unserved=_NOT_SENT)
-    yield Row(code=B.SHARED_OBJECT_REMOVE, request=(Uuid,), gate=shared, silent=True, unserved=_NOT_SENT)
+    yield Row(code=B.SHARED_OBJECT_ADD, request=(Uuid,), gate=shared, silent=True, hook="SharedObjects")
+    yield Row(code=B.SHARED_OBJECT_REMOVE, request=(Uuid,), gate=shared, silent=True, hook="SharedObjects")
     yield Row(
         code=B.SHARED_OBJECT_LOOKUP,
         request=(Uuid,),
@@ -404,12 +406,12 @@ def _backend_rows() -> Iterator[Row]:
         reply_fds=(1, 1),
         gate=shared,
         refusal=_STATUS,
-        unserved=_NOT_SENT,
+        hook="SharedObjects",
     )
-    yield Row(
-        code=B.SHMEM_MAP, request=(MmapMsg,), fds=(1, 1), gate=_negotiated(P.SHMEM), silent=True, unserved=_NOT_SENT
-    )
-    yield Row(code=B.SHMEM_UNMAP, request=(MmapMsg,), gate=_negotiated(P.SHMEM), silent=True, unserved=_NOT_SENT)
+    shmem = _negotiated(P.SHMEM)
+    hook = "SharedMemoryRegions"
+    yield Row(code=B.SHMEM_MAP, request=(MmapMsg,), fds=(1, 1), gate=shmem, silent=True, hook=hook)
+    yield Row(code=B.SHMEM_UNMAP, request=(MmapMsg,), gate=shmem, silent=True, hook=hook)
 
 
 def _index(*rows: Iterable[Row]) -> dict[int, Row]:
@@ -423,76 +425,8 @@ BACKEND: Final[Mapping[int, Row]] = _index(_backend_rows())
 """Requests of the back-end by wire id, on the channel that SET_BACKEND_REQ_FD gave it."""
 
 
-def table() -> str:
-    """The catalog as Markdown: docs/messages.md, which a test keeps equal to this."""
-    sections = [
-        _TABLE_HEAD,
-        _section("Requests of the front-end", FRONTEND.values()),
-        _section("Requests of the back-end", BACKEND.values()),
-        _features(),
-    ]
-    return "\n".join(sections)
-
-
-_TABLE_HEAD: Final = """\
-# Messages
-
-Generated from the catalog in `protocol/catalog.py`; edit that, not this.
-
-Sizes are bytes of the payload, after the header of twelve. *Descriptors* are those in the ancillary data. A message
-without a reply of its own is acknowledged by a u64 (0 done, anything else refused) where its sender set need_reply
-and REPLY_ACK was negotiated. *Needs*: a feature in brackets need only be offered, the others must be negotiated.
-
-*Refused* says how a request that is well-formed and cannot be fulfilled is turned down. "nack" is the acknowledgement
-with a value other than 0; where none was asked for, the connection is closed ("or close"), or, if nothing depends on
-the message, nothing is sent ("or silence"). Requests that are malformed, unknown or lack their feature always close
-the connection; the last two send a nack first, where one was asked for.
-"""
-
-
-def _section(title: str, rows: Iterable[Row]) -> str:
-    head = "| id | message | payload | descriptors | reply | needs | refused | served | notes |"
-    lines = [f"## {title}", "", head, "|---" * head.count(" |") + "|"]
-    for row in sorted(rows, key=lambda row: row.code or 255):
-        lines.append(_line(row, str(row.code or "5, 37, 38, 0"), f"{row.code.name}: {row.code.note}"))
-        lines += [_line(variant.row, "", f"... {variant.when.value}") for variant in row.variants]
-    return "\n".join([*lines, ""])
-
-
-def _line(row: Row, number: str, name: str) -> str:
-    needs = ", ".join(f"({f.name})" if row.gate.offered else f.name for f in row.gate.features)
-    nack = "nack, or silence" if row.silent else "nack, or close"
-    cells = (
-        number,
-        name,
-        _kinds(row.request),
-        _span(row.fds),
-        f"{_kinds(row.reply)}, descriptors {_span(row.reply_fds)}" if row.reply else "",
-        needs,
-        row.refusal.words if row.refusal else "close" if row.reply else nack,
-        f"no: {row.unserved}" if row.unserved else "yes",
-        row.note,
-    )
-    return "| " + " | ".join(cells) + " |"
-
-
-def _kinds(kinds: tuple[type[Payload], ...]) -> str:
-    return " or ".join(f"{kind.__name__} {size_words(kind.sizes)}" for kind in kinds)
-
-
-def _span(bounds: tuple[int, int]) -> str:
-    least, most = bounds
-    return str(most) if least == most else f"{least} to {most}"
-
-
 def size_words(sizes: range) -> str:
     """A payload's sizes in words: "8", "12 to 268", "8 to 264 in steps of 32"."""
     if len(sizes) == 1:
         return str(sizes[0])
     return f"{sizes[0]} to {sizes[-1]}" + (f" in steps of {sizes.step}" if sizes.step > 1 else "")
-
-
-def _features() -> str:
-    lines = ["## Protocol features", "", "| bit | name | meaning |", "|---|---|---|"]
-    lines += [f"| {int(feature)} | {feature.name} | {feature.note} |" for feature in P]
-    return "\n".join([*lines, ""])

@@ -153,6 +153,10 @@ class ProtocolFeature(_Bit):
     SHMEM = 22, "shared memory regions: SHMEM_MAP, SHMEM_UNMAP, GET_SHMEM_CONFIG"
 
 
+SHMEM_IN_DRAFTS = (ProtocolFeature.GPA_ADDRESSES, ProtocolFeature.GET_VRING_BASE_INFLIGHT)
+"""The bits that SHMEM had in drafts of the specification, the last first."""
+
+
 class VirtioFeature(_Bit):
     """Virtio feature bits that the transport or a gate of the catalog knows; devices have more, below bit 24."""
 

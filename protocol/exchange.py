@@ -383,7 +383,8 @@ def _unpack(row: Row, kinds: tuple[type[Payload], ...], frame: Frame) -> Payload
     try:
         payload = kind.unpack(frame.body)
     except ValueError as error:
-        raise RemoteProtocolError(row.code, str(error), clause=row.clause) from None
+        hint = _hint(row, len(frame.body)) if kinds is row.request else ""
+        raise RemoteProtocolError(row.code, f"{error}{hint}", clause=row.clause) from None
     return payload
 
 
@@ -391,7 +392,15 @@ def _check_size(row: Row, size: int, kinds: tuple[type[Payload], ...]) -> None:
     if any(size in kind.sizes for kind in kinds):
         return
     expected = " or ".join(size_words(kind.sizes) for kind in kinds)
-    raise RemoteProtocolError(row.code, f"payload of {size} bytes, expected {expected}", clause=row.clause)
+    reason = f"payload of {size} bytes, expected {expected}{_hint(row, size)}"
+    raise RemoteProtocolError(row.code, reason, clause=row.clause)
+
+
+def _hint(row: Row, size: int) -> str:
+    """Under which condition a request of this size would be right."""
+    others = [(when, other.request) for when, other in row.variants if other.request != row.request]
+    whens = [when.value for when, kinds in others if any(size in kind.sizes for kind in kinds)]
+    return f" (it would be right if {whens[0]})" if whens else ""
 
 
 def _fd_bounds(payload: Payload, bounds: tuple[int, int]) -> tuple[int, int]:

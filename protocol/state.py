@@ -5,7 +5,7 @@ by the end that fulfilled it after its answer was made, by the end that sent it 
 """
 
 from vhostuser.protocol.catalog import Gate, Row, When
-from vhostuser.protocol.codes import BackendRequest, DeviceStatus, ProtocolFeature, VirtioFeature
+from vhostuser.protocol.codes import SHMEM_IN_DRAFTS, BackendRequest, DeviceStatus, ProtocolFeature, VirtioFeature
 from vhostuser.protocol.codes import FrontendRequest as F
 from vhostuser.protocol.payloads import U64, Payload, VringFd, VringState
 from vhostuser.protocol.postcopy import EXCHANGING_BASES, HANDSHAKE, INPUTS, LOST, Effect, Postcopy
@@ -57,8 +57,13 @@ class State:
         """The feature that `gate` asks for and this connection lacks, in words; empty if the gate is open."""
         for feature in gate.features:
             if not (self.offers(feature) if gate.offered else self.has(feature)):
-                return f"{feature.name} was not {'offered' if gate.offered else 'negotiated'}"
+                return f"{feature.name} was not {'offered' if gate.offered else 'negotiated'}{self._draft(feature)}"
         return ""
+
+    def _draft(self, feature: ProtocolFeature | VirtioFeature) -> str:
+        """What a peer may mean that counts bits as drafts of the specification did."""
+        old = [bit for bit in SHMEM_IN_DRAFTS if self.has(bit)] if feature is ProtocolFeature.SHMEM else []
+        return f" (bit {int(old[0])} was, which was SHMEM in drafts; it is {int(feature)})" if old else ""
 
     def row(self, row: Row) -> Row:
         """The variant of `row` that is in force now."""

@@ -11,6 +11,7 @@ NO_IO = {"os", "socket", "asyncio", "mmap", "select", "threading", "uvloop"}
 # module -> the modules of the project that it may import; a name stands for everything below it too.
 RUNTIME = {"protocol", "_native", "memory", "virtqueue", "uffd"}
 RUNTIME |= {"postcopy", "record", "channel", "device", "dataplane", "ring", "metrics", "measures"}
+HOOKS = {"hooks", "shared_objects", "shared_memory"}
 PARTED = ("faultserver", "frontend")  # packages whose modules are layers of their own
 FRONT = {"frontend.memory", "frontend.ring", "frontend.requests"}
 PAGES = {f"faultserver.{name}" for name in ("placement", "sources", "stats", "supply")}
@@ -35,7 +36,12 @@ ALLOWED = {
     "arguments": {"protocol", "channel", "ring"},
     "ring_requests": {"protocol", "arguments", "lifecycle", "ring"},
     "device_requests": {"protocol", "arguments", "device", "lifecycle"},
+    "hooks": {"protocol"},
+    "shared_objects": {"protocol", "announcements", "hooks"},
+    "shared_memory": {"protocol", "announcements", "backend_channel", "hooks"},
+    "hook_requests": {"protocol", "announcements", "arguments", "device"} | HOOKS,
     "connection": RUNTIME
+    | {"hook_requests", "hooks"}
     | {"announcements", "arguments", "lifecycle", "offer", "regions", "transfer", "watch"}
     | {"ring_requests", "device_requests"},
     "backend_channel": {"protocol", "channel"},
@@ -51,9 +57,18 @@ ALLOWED = {
     "frontend.requests": {"protocol", "channel", "raw"},
     "frontend.calls": {"protocol", "channel"} | FRONT,
     "frontend.channel": {"protocol", "channel"},
+    "frontend.services": {"protocol", "channel", "memory", "frontend.channel"},
     "frontend.postcopy": {"protocol", "frontend.calls"} | FRONT,
     "frontend.state": {"protocol", "channel", "frontend.calls"},
-    "frontend.frontend": {"protocol", "raw", "driverqueue", "frontend.calls", "frontend.channel", "frontend.postcopy"}
+    "frontend.frontend": {
+        "protocol",
+        "raw",
+        "driverqueue",
+        "frontend.calls",
+        "frontend.channel",
+        "frontend.postcopy",
+        "frontend.services",
+    }
     | FRONT,
     "faultserver.placement": {"protocol", "uffd"},
     "faultserver.stats": set(),

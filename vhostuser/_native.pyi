@@ -37,6 +37,7 @@ class Lib:
     VU_REGION_AT_USER: Final[int]
     VU_REGION_HIDDEN: Final[int]
     VU_REGION_OWN: Final[int]
+    VU_REGION_READ_ONLY: Final[int]
     VU_LOG_RANGES: Final[int]
     VU_RING_EVENT_IDX: Final[int]
     VU_RING_INDIRECT: Final[int]

@@ -7,13 +7,17 @@ and what is told by the runtime itself. What does not: the socket (``backend_cha
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 from vhostuser.backend_channel import Answered, BackendChannel
 from vhostuser.channel import Fds
 from vhostuser.protocol import BackendRequest, BackendSession, Payload, ProtocolFeature, RequestRefused
+
+T = TypeVar("T")
 
 WITHHELD = 0.25
 """Seconds for which a front-end that waits for our answer may still answer us."""
@@ -22,7 +26,9 @@ _SUSPENDED = "a suspended device sends nothing"
 
 
 class Announcements:
-    """Owns the channel that the front-end gave last. ``name`` is the front-end's, for the log. Control thread only.
+    """Owns the channel that the front-end gave last. ``name`` is the front-end's, for the log.
+
+    Control thread only, but for ``run``, by which devices come there.
 
     No deadlock: a device may wait in ``ask`` while the front-end waits for that device's ring, in GET_VRING_BASE say,
     and answers nothing before it has its own answer (QEMU does, since 8.0). So an ``ask`` gives up when the front-end
@@ -36,6 +42,7 @@ class Announcements:
         self._config_changed = False
         self._answering = False
         self._withheld = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
 
     @property
     def channel(self) -> BackendChannel | None:
@@ -112,6 +119,24 @@ class Announcements:
         if not answered.done():
             raise RequestRefused(f"{code.name}: the front-end waits for an answer of ours and gives none itself")
 
+    async def run(self, coroutine: Coroutine[Any, Any, T], dispose: Callable[[T], object] = lambda _: None) -> T:
+        """Runs ``coroutine`` on the control thread and waits for it on any loop.
+
+        Who is cancelled on another loop waits no longer; the coroutine goes on, and ``dispose`` gets what it returns.
+        """
+        if asyncio.get_running_loop() is self._loop:
+            return await coroutine
+        running = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        waiting = asyncio.wrap_future(running)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+            running.add_done_callback(
+                lambda done: None if done.cancelled() or done.exception() else dispose(done.result())
+            )
+            raise
+
     # ---- what the runtime tells
 
     def config_changed(self) -> None:
@@ -138,5 +163,9 @@ class Announcements:
 
 
 def _close_late(answered: asyncio.Future[Answered]) -> None:
-    if not answered.cancelled() and answered.exception() is None:
+    if _succeeded(answered):
         answered.result()[1].close()
+
+
+def _succeeded(done: asyncio.Future[Any] | concurrent.futures.Future[Any]) -> bool:
+    return not done.cancelled() and done.exception() is None

@@ -19,6 +19,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import replace
 
 from vhostuser.announcements import Announcements
 from vhostuser.arguments import fds_of, payload_of, ring_of
@@ -26,6 +27,8 @@ from vhostuser.channel import Channel, Fds
 from vhostuser.dataplane import DataThread
 from vhostuser.device import Device
 from vhostuser.device_requests import DeviceRequests
+from vhostuser.hook_requests import HookRequests
+from vhostuser.hooks import offered_by
 from vhostuser.lifecycle import Lifecycle
 from vhostuser.memory import DirtyLog, GuestMemory, Region
 from vhostuser.metrics import Sample
@@ -40,6 +43,7 @@ from vhostuser.protocol import (
     FrontendRequest,
     Inflight,
     Log,
+    MemoryRegion,
     MemoryTable,
     ProtocolFeature,
     RemoteProtocolError,
@@ -106,7 +110,8 @@ class Connection:
         self._session = BackendSession(
             features=TRANSPORT_FEATURES | device.features,
             protocol_features=protocol_features(pagefault=postcopy is not None, mem_slots=mem_slots)
-            | device.protocol_features,
+            | device.protocol_features
+            | offered_by(device),
             queue_count=device.queues,
             queue_num=device.queue_num,
             max_slots=mem_slots,
@@ -120,6 +125,7 @@ class Connection:
         device.announce += (self._announcements.config_changed,)
         self._of_rings = RingRequests(self._life, device.queue_size, self._kicked)
         self._of_device = DeviceRequests(name, device, self._session, self._life)
+        self._of_hooks = HookRequests(device, self._session, self._announcements, name)
         self._transfer = StateTransfer(device, lambda: self._session.suspended)
 
     # ---- the life of the connection
@@ -186,6 +192,7 @@ class Connection:
                 await self._life.stop_unwanted()
             self._life.changed()
             self._announcements.send_due()
+            self._of_hooks.follow(request.code)
             if outgoing is not None:
                 self._sending = True
                 await self._channel.send(outgoing.data, outgoing.fds)
@@ -245,6 +252,7 @@ class Connection:
             each.cancel()
         self._regions.close()
         self._announcements.close()
+        self._of_hooks.close()
         self._channel.close()
 
     # ---- the device's own state
@@ -279,7 +287,7 @@ class Connection:
         return self._session.postcopy in (PostcopyState.LISTENING, PostcopyState.AWAITING_ACK)
 
     async def _set_mem_table(self, request: Request) -> Reply | None:
-        descriptions = payload_of(request, MemoryTable).regions
+        descriptions = [self._named(region) for region in payload_of(request, MemoryTable).regions]
         regions = self._regions.map(descriptions, fds_of(request), listening=self._listening)
         await self._adopt(GuestMemory(regions), zip(regions, fds_of(request), strict=True))
         if not self._listening:
@@ -287,7 +295,7 @@ class Connection:
         return Reply(MemoryTable(tuple(self._regions.based(description) for description in descriptions)))
 
     async def _add_mem_reg(self, request: Request) -> Reply | None:
-        description = payload_of(request, SingleRegion).region
+        description = self._named(payload_of(request, SingleRegion).region)
         if len(self.memory.regions) >= self._mem_slots:
             raise RequestRefused(f"all {self._mem_slots} memory slots are taken")
         (region,) = self._regions.map([description], fds_of(request), listening=self._listening)
@@ -295,8 +303,12 @@ class Connection:
         return Reply(SingleRegion(self._regions.based(description))) if self._listening else None
 
     async def _rem_mem_reg(self, request: Request) -> None:
-        gone = payload_of(request, SingleRegion).region
+        gone = self._named(payload_of(request, SingleRegion).region)
         await self._adopt(self.memory.remove(self.memory.find(gone.guest, gone.size, gone.user)), [])
+
+    def _named(self, region: MemoryRegion) -> MemoryRegion:
+        """With GPA_ADDRESSES whatever names a user address elsewhere names a guest address, so here too."""
+        return replace(region, user=region.guest) if self._session.has(ProtocolFeature.GPA_ADDRESSES) else region
 
     async def _adopt(self, memory: GuestMemory, arrived: Iterable[tuple[Region, int]]) -> None:
         self._regions.release(memory)
@@ -363,6 +375,7 @@ class Connection:
     def _kicked(self, ring: Ring) -> None:
         self._life.kicked(ring)
         self._announcements.send_due()
+        self._of_hooks.offer_notifiers()
 
     def _broke(self, ring: Ring) -> None:
         """To the driver a ring that is broken is a device that needs a reset (virtio 1.3, 2.1.2)."""
@@ -433,6 +446,10 @@ def _by_device(fulfil: Callable[[DeviceRequests, Request], Awaitable[Reply | Non
     return lambda connection, request: fulfil(connection._of_device, request)
 
 
+def _by_hook(fulfil: Callable[[HookRequests, Request], Awaitable[Reply | None]]) -> _Handler:
+    return lambda connection, request: fulfil(connection._of_hooks, request)
+
+
 HANDLERS: dict[int, _Handler] = {
     FrontendRequest.POSTCOPY_ACK: Connection._postcopy_ack,
     FrontendRequest.SET_FEATURES: Connection._set_features,
@@ -462,5 +479,10 @@ HANDLERS: dict[int, _Handler] = {
     FrontendRequest.REM_MEM_REG: Connection._rem_mem_reg,
     FrontendRequest.SET_DEVICE_STATE_FD: Connection._set_device_state_fd,
     FrontendRequest.CHECK_DEVICE_STATE: Connection._check_device_state,
+    FrontendRequest.GET_SHARED_OBJECT: _by_hook(HookRequests.get_shared_object),
+    FrontendRequest.GET_SHMEM_CONFIG: _by_hook(HookRequests.get_shmem_config),
+    FrontendRequest.CREATE_CRYPTO_SESSION: _by_hook(HookRequests.create_crypto_session),
+    FrontendRequest.CLOSE_CRYPTO_SESSION: _by_hook(HookRequests.close_crypto_session),
+    FrontendRequest.GPU_SET_SOCKET: _by_hook(HookRequests.gpu_set_socket),
 }
 """What the runtime adds to what the session does by itself."""

@@ -106,14 +106,23 @@ class Region:
 
     @classmethod
     def map(
-        cls, fd: int, description: Described, *, at_user: bool = False, hidden: bool = False, own: bool = False
+        cls,
+        fd: int,
+        description: Described,
+        *,
+        at_user: bool = False,
+        hidden: bool = False,
+        own: bool = False,
+        writable: bool = True,
     ) -> Self:
         """Maps a region; the caller keeps ``fd``. Touches nothing.
 
         at_user: at the front-end's own address, if that range is free here. hidden: inaccessible until ``reveal``.
-        own: we are the front-end, so that ``user`` becomes our address. Raises RequestRefused.
+        own: we are the front-end, so that ``user`` becomes our address. writable: if not, a write raises MemoryLost.
+        Raises RequestRefused.
         """
         flags = at_user * lib.VU_REGION_AT_USER | hidden * lib.VU_REGION_HIDDEN | own * lib.VU_REGION_OWN
+        flags |= (not writable) * lib.VU_REGION_READ_ONLY
         error = ffi.new("int *")
         asked = description
         native = lib.vu_region_map(fd, asked.guest, asked.size, asked.user, asked.offset, flags, error)

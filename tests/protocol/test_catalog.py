@@ -11,7 +11,7 @@ from vhostuser.protocol import BackendRequest as B
 from vhostuser.protocol import FrontendRequest as F
 from vhostuser.protocol import ProtocolFeature as P
 from vhostuser.protocol import VirtioFeature as V
-from vhostuser.protocol.catalog import table
+from vhostuser.protocol.table import table
 
 every_message = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -137,5 +137,5 @@ def test_a_log_in_shared_memory_is_answered_with_success() -> None:
 def test_the_message_table_is_current() -> None:
     path = Path(__file__).parents[2] / "docs" / "messages.md"
     assert path.read_text() == table(), (
-        "run: python -c 'from vhostuser.protocol.catalog import table; print(table(), end=\"\")' > docs/messages.md"
+        "run: python -c 'from vhostuser.protocol.table import table; print(table(), end=\"\")' > docs/messages.md"
     )

@@ -2,7 +2,18 @@
 
 import pytest
 
-from tests.protocol.samples import ALL_PROTOCOL, ALL_VIRTIO, CONDITIONAL, REGION, SAMPLES, Pair, connect, listen, read
+from tests.protocol.samples import (
+    ALL_PROTOCOL,
+    ALL_VIRTIO,
+    CONDITIONAL,
+    REGION,
+    SAMPLES,
+    XEN_REGION,
+    Pair,
+    connect,
+    listen,
+    read,
+)
 from vhostuser.protocol import (
     BACKEND,
     NEED_REPLY,
@@ -34,6 +45,7 @@ from vhostuser.protocol import (
     VringArea,
     VringFd,
     VringState,
+    XenMemoryTable,
     encode,
 )
 from vhostuser.protocol import BackendRequest as B
@@ -313,6 +325,24 @@ def test_configuration_refused(refusal: Payload) -> None:
     pair = connect()
     pair.asking.request(F.GET_CONFIG, Config(0, 8, 0, bytes(8)))
     assert read(pair.front, Outgoing(encode(F.GET_CONFIG, 5, refusal))).refused
+
+
+def test_a_layout_that_another_feature_would_bring_is_named() -> None:
+    """A front-end for Xen that takes it for granted is told so, and the log says it in one line."""
+    for regions in (1, 4):  # four of Xen's are as long as five of the others
+        body = XenMemoryTable((XEN_REGION,) * regions).pack()
+        with pytest.raises(RemoteProtocolError, match="it would be right if XEN_MMAP was negotiated"):
+            read(connect().back, Outgoing(Header(F.SET_MEM_TABLE, 1, len(body)).pack() + body, tuple(range(regions))))
+
+
+@pytest.mark.parametrize("bit", [P.GPA_ADDRESSES, P.GET_VRING_BASE_INFLIGHT], ids=lambda bit: bit.name)
+def test_a_peer_that_counts_bits_as_drafts_did_is_recognised(bit: P) -> None:
+    pair = connect(protocol_features=bit.mask)
+    asked = Outgoing(Header(F.GET_SHMEM_CONFIG, 1, 0).pack())
+    with pytest.raises(RemoteProtocolError, match=rf"\(bit {bit:d} was, which was SHMEM in drafts; it is 22\)"):
+        read(pair.back, asked)
+    with pytest.raises(RemoteProtocolError, match="SHMEM was not negotiated \\(see"):
+        read(connect(protocol_features=0).back, asked)
 
 
 REFUSALS = [

@@ -6,6 +6,7 @@ from vhostuser.frontend.memory import SharedLog, SharedMemory, SharedRegion
 from vhostuser.frontend.postcopy import ClientRegion, PostcopyClient
 from vhostuser.frontend.requests import ReplyTimeout
 from vhostuser.frontend.ring import FrontendRing, InflightBuffer
+from vhostuser.frontend.services import BackendServices, ObjectRegistry, Window
 from vhostuser.frontend.state import load_state, save_state
 from vhostuser.raw import RawMessage
 
@@ -15,17 +16,20 @@ __all__ = [
     "Answerer",
     "BackendEvent",
     "BackendRequests",
+    "BackendServices",
     "ClientRegion",
     "Frontend",
     "FrontendRing",
     "InflightBuffer",
     "Listener",
+    "ObjectRegistry",
     "PostcopyClient",
     "RawMessage",
     "ReplyTimeout",
     "SharedLog",
     "SharedMemory",
     "SharedRegion",
+    "Window",
     "load_state",
     "save_state",
 ]

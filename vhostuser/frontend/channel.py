@@ -57,13 +57,17 @@ class BackendRequests:
     """Serves the back-end's requests on ``sock``, which it owns. Belongs to the loop's thread.
 
     ``session`` is the answering end (``FrontendSession.channel``). Every request that ``answer`` accepts is then to be
-    collected with ``next``. What it refuses, or raises any other exception for, is refused; that is logged.
+    collected with ``next``, unless ``keep`` is false. What it refuses, or raises any other exception for, is refused;
+    that is logged.
     """
 
-    def __init__(self, sock: socket.socket, session: Server, answer: Answerer = config_changes_only) -> None:
+    def __init__(
+        self, sock: socket.socket, session: Server, answer: Answerer = config_changes_only, *, keep: bool = True
+    ) -> None:
         self._channel = Channel(sock)
         self._session = session
         self._answer = answer
+        self._keeps = keep
         self._events: deque[BackendEvent] = deque()
         self._more = asyncio.Event()
         self._error: RemoteProtocolError | None = None
@@ -132,7 +136,7 @@ class BackendRequests:
         try:
             outcome = self._decide(request)
             outgoing = self._session.finish(request, outcome)
-            if not isinstance(outcome, RequestRefused):
+            if self._keeps and not isinstance(outcome, RequestRefused):
                 self._keep(request, request.fds)
             if outgoing is not None:
                 await self._channel.send(outgoing.data, outgoing.fds)

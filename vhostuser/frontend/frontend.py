@@ -17,6 +17,7 @@ from vhostuser.frontend.calls import Calls
 from vhostuser.frontend.channel import Answerer, BackendRequests, config_changes_only
 from vhostuser.frontend.memory import SharedLog, SharedMemory
 from vhostuser.frontend.ring import FrontendRing
+from vhostuser.frontend.services import BackendServices, ObjectRegistry
 from vhostuser.protocol import (
     DeviceStatus,
     FrontendRequest,
@@ -40,7 +41,6 @@ DRIVABLE_PROTOCOL = ~(
     ProtocolFeature.INBAND_NOTIFICATIONS.mask
     | ProtocolFeature.STATUS.mask  # for those who say driver_ok when their rings are set up
     | ProtocolFeature.XEN_MMAP.mask
-    | ProtocolFeature.GPA_ADDRESSES.mask
     | ProtocolFeature.GET_VRING_BASE_INFLIGHT.mask
 )
 """All protocol features but those under which ``Frontend.start_ring``, ``stop_ring`` or memory messages would mean
@@ -55,6 +55,8 @@ class Frontend(Calls):
     """
 
     backend: BackendRequests | None = None
+    services: BackendServices | None = None
+    """What ``serve_requests`` made."""
 
     @classmethod
     async def connect(cls, path: str | Path) -> Self:
@@ -77,6 +79,8 @@ class Frontend(Calls):
         """Closes the connection and the back-end's channel; the back-end sees the end of both streams."""
         if self.backend is not None:
             self.backend.close()
+        if self.services is not None:
+            self.services.close()
         super().close()
 
     # ---- whole procedures
@@ -89,10 +93,11 @@ class Frontend(Calls):
         await self.set_owner()
         await self.set_features(offered & features)
 
-    async def serve_backend(self, answer: Answerer = config_changes_only) -> BackendRequests:
+    async def serve_backend(self, answer: Answerer = config_changes_only, *, keep: bool = True) -> BackendRequests:
         """Gives the back-end a channel for its own requests and serves it, instead of one given before.
 
-        answer: decides what is accepted. Raises as a request; LocalProtocolError without BACKEND_REQ.
+        answer: decides what is accepted. keep: what was accepted is to be collected (``BackendRequests.next``). Raises
+        as a request; LocalProtocolError without BACKEND_REQ.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
@@ -103,8 +108,36 @@ class Frontend(Calls):
                 raise
         if self.backend is not None:
             self.backend.close()
-        self.backend = BackendRequests(ours, self.session.channel(), answer)
+        self.backend = BackendRequests(ours, self.session.channel(), answer, keep=keep)
         return self.backend
+
+    async def serve_requests(
+        self, objects: ObjectRegistry | None = None, otherwise: Answerer = config_changes_only
+    ) -> BackendServices:
+        """Gives the back-end a channel and does what it asks for: windows of shared memory, notify pages, ``objects``.
+
+        otherwise: decides about all other requests. Raises as ``serve_backend``.
+        """
+        sizes = await self.get_shmem_config() if self.session.has(ProtocolFeature.SHMEM) else ()
+        services = BackendServices(sizes, objects, self, otherwise)
+        await self.serve_backend(services, keep=False)
+        if self.services is not None:
+            self.services.close()
+        self.services = services
+        return services
+
+    async def get_vring_base(self, index: int) -> int:
+        """As of ``Calls``; a notify page of the ring's is taken away."""
+        base = await super().get_vring_base(index)
+        if self.services is not None:
+            self.services.ring_stopped(index)
+        return base
+
+    async def reset_device(self) -> None:
+        """As of ``Calls``; what the device had mapped is unmapped."""
+        await super().reset_device()
+        if self.services is not None:
+            self.services.reset()
 
     async def set_memory(self, memory: SharedMemory, *, by_slots: bool = False) -> None:
         """Makes ``memory`` the whole of guest memory, as one table or (``by_slots``) by adding region after region."""
@@ -151,7 +184,8 @@ class Frontend(Calls):
         if queue.packed != self.session.has(VirtioFeature.RING_PACKED):
             kind = "packed" if queue.packed else "split"
             raise LocalProtocolError(FrontendRequest.SET_VRING_NUM, f"ring {index} is {kind}, which was not negotiated")
-        user = memory.map.guest_to_host
+        gpa = self.session.has(ProtocolFeature.GPA_ADDRESSES)
+        user = int if gpa else memory.map.guest_to_host
         log = queue.used if log_used else None
         await self.set_vring_num(index, queue.size)
         await self.set_vring_base(index, queue.first_base if base is None else base)

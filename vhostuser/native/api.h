@@ -44,6 +44,7 @@ typedef struct vu_log vu_log;       /* the mapped dirty log; reference counted *
 #define VU_REGION_AT_USER 1 /* map at the front-end's own address if that range is free (MAP_FIXED_NOREPLACE) */
 #define VU_REGION_HIDDEN 2  /* PROT_NONE until vu_region_reveal: nothing can touch it by mistake */
 #define VU_REGION_OWN 4     /* we are the front-end: `user` is taken to be `host` */
+#define VU_REGION_READ_ONLY 8 /* mapped without PROT_WRITE: a write fails as if memory were gone */
 
 struct vu_region_info {
     uint64_t guest, size, user, offset; /* as the front-end gave them */

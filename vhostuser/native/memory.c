@@ -129,7 +129,9 @@ static uint8_t *map_at_user(int fd, const struct window *window, const struct vu
 
 static int map_region(vu_region *region, int fd, const struct window *window, int flags)
 {
-    int protection = flags & VU_REGION_HIDDEN ? PROT_NONE : PROT_READ | PROT_WRITE;
+    int protection = flags & VU_REGION_READ_ONLY ? PROT_READ : PROT_READ | PROT_WRITE;
+    if (flags & VU_REGION_HIDDEN)
+        protection = PROT_NONE;
     uint8_t *at = NULL;
     if (flags & VU_REGION_AT_USER)
         at = map_at_user(fd, window, &region->info, protection);
