@@ -89,6 +89,11 @@ class DriverQueue:
         """Where a device begins with this ring when it is new (SET_VRING_BASE)."""
         return 0x8000_8000 if self.packed else 0
 
+    @property
+    def base(self) -> int:
+        """What GET_VRING_BASE is to say once everything that was published has been taken back. Touches nothing."""
+        return int(lib.vu_driver_base(self.native))
+
     def move(self, memory: GuestMemory) -> None:
         """Goes on in another memory that holds the same ring at the same guest addresses, as after a migration.
 

@@ -12,6 +12,7 @@ import os
 import select
 from typing import NamedTuple
 
+from vhostuser.conformance.bytewise import bytewise
 from vhostuser.conformance.suite import Violation, check, equal
 from vhostuser.driverqueue import Descriptor, DriverQueue, RawRing
 from vhostuser.drivers.blk import BlkAnswer, BlkDriver, BlkRequest, BlkStatus
@@ -55,7 +56,9 @@ class Lane:
         self.at = at
         self.queue = queue
         self.ring = FrontendRing(index, queue)
-        self.base = 0
+        self.bytes = bytewise(queue)
+        """The ring byte by byte, in either format."""
+        self.base = queue.first_base
         """Where to start, or go on after a stop."""
         self.patience = patience
         self.quiet = quiet
@@ -67,7 +70,7 @@ class Lane:
 
     @property
     def raw(self) -> RawRing:
-        """The ring byte by byte."""
+        """A split ring byte by byte."""
         return self.queue.raw
 
     # ---- the ring's life
@@ -130,7 +133,7 @@ class Lane:
         for number, (guest, length, writable) in enumerate(segments, first):
             more = number + 1 < first + len(segments)
             flags = Descriptor.NEXT * more | Descriptor.WRITE * writable
-            self.raw.describe(number, guest, length, flags, number + 1 if more else 0)
+            self.bytes.describe(number, guest, length, flags, number + 1 if more else 0)
 
     def plain_chain(self, first: int = 0) -> Buffers:
         """Lays a read of one sector out, in memory and in three descriptors from ``first`` on."""
@@ -138,16 +141,21 @@ class Lane:
         self.describe((buffers.header, 16, False), (buffers.data, 512, True), (buffers.status, 1, True), first=first)
         return buffers
 
+    def usual_chain(self) -> None:
+        """Describes what a device of this kind is asked where it does not matter what, from descriptor 0 on."""
+        if self._sender is not None:
+            self.describe((self.at, len(_FRAME), False))
+        else:
+            self.plain_chain()
+
     def push(self, *heads: int) -> None:
         """Makes chains available, without a kick."""
-        index = self.raw.available_index
-        self.raw.make_available(index, heads)
-        self.raw.available_index = index + len(heads)
+        self.bytes.push(*heads)
 
     async def used_to(self, index: int) -> None:
-        """Waits until the used index is ``index``."""
+        """Waits until the used index is ``index``, see ``Bytewise.returned``."""
         deadline = asyncio.get_running_loop().time() + self.patience
-        while (seen := self.raw.used_index) != index:
+        while (seen := self.bytes.returned) != index:
             if asyncio.get_running_loop().time() > deadline:
                 raise Violation(f"a used index of {index}", f"{seen} after {self.patience:g} s")
             await asyncio.sleep(_LOOK)
@@ -156,7 +164,7 @@ class Lane:
         """Sees that the used index stays at ``index``."""
         await self.frontend.get_features()
         await asyncio.sleep(self.quiet)
-        equal("the used index", self.raw.used_index, index)
+        equal("the used index", self.bytes.returned, index)
 
     # ---- what comes back
 

@@ -76,6 +76,8 @@ class Peer:
         self.quiet = quiet
         self.index = 1 if net else 0
         """The ring whose requests this suite knows."""
+        self.packed = False
+        """Are the rings of this case packed ones?"""
         self._net = net
         self._paired: tuple[Frontend, SharedMemory] | None = None
         self._owned = ExitStack()
@@ -102,13 +104,18 @@ class Peer:
 
     # ---- openings
 
+    @property
+    def format(self) -> int:
+        """The feature that tells the format of the rings."""
+        return VirtioFeature.RING_PACKED.mask * self.packed
+
     async def negotiate(
         self, *features: VirtioFeature | NetFeature, legacy: bool = False,
         without: Collection[ProtocolFeature] = (), also: Collection[ProtocolFeature] = (),
     ) -> Frontend:  # fmt: skip
         """Takes VERSION_1 (unless ``legacy``), protocol features and these; of the protocol features all but those
         ``without``, and ``also`` what this suite does not drive a ring with."""
-        wanted = PLAIN | sum(feature.mask for feature in features)
+        wanted = PLAIN | self.format | sum(feature.mask for feature in features)
         wanted &= ~VirtioFeature.VERSION_1.mask if legacy else wanted
         protocol = DRIVABLE_PROTOCOL | sum(feature.mask for feature in also)
         await self.frontend.negotiate(wanted, protocol & ~sum(feature.mask for feature in without))
@@ -162,7 +169,9 @@ class Peer:
         index = self.index if index is None else index
         event_idx = self.frontend.session.has(VirtioFeature.RING_EVENT_IDX)
         place = index * RINGS if at is None else at
-        queue = DriverQueue(self.memory.map, place, size, event_idx=event_idx, indirect=indirect)
+        queue = DriverQueue(
+            self.memory.map, place, size, event_idx=event_idx, indirect=indirect, packed=self.packed
+        )  # fmt: skip
         lane = Lane(
             self.frontend, self.memory, index, queue, MIB + index * AREA if requests is None else requests,
             frames=self._net, receives=self._receiver(index, at), patience=self.patience, quiet=self.quiet,
@@ -180,7 +189,7 @@ class Peer:
         if not any(region.guest <= place and place + RINGS <= region.guest + region.size for region in regions):
             return None
         self._paired = (self.frontend, self.memory)
-        ring = FrontendRing(index - 1, DriverQueue(self.memory.map, place, 64))
+        ring = FrontendRing(index - 1, DriverQueue(self.memory.map, place, 64, packed=self.packed))
         self._owned.callback(ring.close)
         return ring
 

@@ -257,6 +257,8 @@ uint64_t vu_driver_bytes(uint32_t size, uint32_t flags); /* of guest memory that
 uint64_t vu_driver_desc(const vu_driver *driver);        /* guest addresses of its parts */
 uint64_t vu_driver_avail(const vu_driver *driver);
 uint64_t vu_driver_used(const vu_driver *driver);
+/* What GET_VRING_BASE is to say once everything that was published has been taken back. */
+uint32_t vu_driver_base(const vu_driver *driver);
 /* Offers one chain; its head, or VU_E_SIZE when there is no room for it or count is 0. Not visible before
  * vu_driver_publish. Buffers are taken as they are, also those that a device must refuse. [touches] */
 int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count);

@@ -166,6 +166,11 @@ uint64_t vu_driver_used(const vu_driver *driver)
     return driver->at.used;
 }
 
+uint32_t vu_driver_base(const vu_driver *driver)
+{
+    return driver->format->base(driver);
+}
+
 /* ---- offering ------------------------------------------------------------------------------------------ */
 
 int vu_driver_add(vu_driver *driver, const vu_buffer *buffers, uint32_t count)

@@ -22,6 +22,7 @@ struct vu_driver_format {
     void (*taken)(vu_driver *driver, uint32_t descriptors);
     void (*arm)(vu_driver *driver);
     void (*disarm)(vu_driver *driver);
+    uint32_t (*base)(const vu_driver *driver); /* touches nothing */
 };
 
 extern const struct vu_driver_format vu_driver_split, vu_driver_packed;

@@ -114,7 +114,12 @@ static void disarm(vu_driver *driver)
     vu_store16(&driver->driver->flags, VU_EVENT_DISABLE);
 }
 
+static uint32_t base(const vu_driver *driver)
+{
+    return vu_place_word(driver->packed.published) | (uint32_t)vu_place_word(driver->packed.taken) << 16;
+}
+
 const struct vu_driver_format vu_driver_packed = {
     .avail_bytes = event_bytes, .used_bytes = event_bytes, .avail_align = 4, .used_align = 4, .write = write_chain,
-    .added = added, .publish = publish, .look = look, .taken = taken, .arm = arm, .disarm = disarm,
+    .added = added, .publish = publish, .look = look, .taken = taken, .arm = arm, .disarm = disarm, .base = base,
 };

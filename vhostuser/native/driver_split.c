@@ -105,7 +105,12 @@ static void disarm(vu_driver *driver)
         vu_store16(&driver->avail->flags, VU_AVAIL_NO_INTERRUPT);
 }
 
+static uint32_t base(const vu_driver *driver)
+{
+    return driver->split.published;
+}
+
 const struct vu_driver_format vu_driver_split = {
     .avail_bytes = vu_avail_bytes, .used_bytes = vu_used_bytes, .avail_align = 2, .used_align = 4, .write = write_chain,
-    .added = added, .publish = publish, .look = look, .taken = taken, .arm = arm, .disarm = disarm,
+    .added = added, .publish = publish, .look = look, .taken = taken, .arm = arm, .disarm = disarm, .base = base,
 };

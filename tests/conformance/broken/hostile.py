@@ -57,7 +57,7 @@ def _dies(name: str, codes: tuple[int, ...], *fails: str) -> None:
 
 _dies("circles", (lib.VU_E_LOOP,), "hostile.loop", "hostile.indirect-loop", "hostile.loop-of-one")
 _dies("order", (lib.VU_E_ORDER,), "hostile.readable-after-writable")
-_dies("jumps", (lib.VU_E_INDEX,), "hostile.index-ahead", "hostile.index-back", "hostile.over-the-ring")
+_dies("jumps", (lib.VU_E_INDEX,), "hostile.index-ahead", "hostile.index-back")
 _dies("numbers", (lib.VU_E_HEAD,), "hostile.head-outside", "hostile.head-far-outside", "hostile.next-outside")
 _dies("links_of_tables", (lib.VU_E_HEAD,), "hostile.indirect-link-outside")
 _dies("tables", (lib.VU_E_INDIRECT,), "hostile.indirect-odd", "hostile.indirect-empty", "hostile.indirect-nested")
@@ -95,6 +95,18 @@ def dies_of_a_broken_ring_that_is_kicked_on_and_on() -> None:
     Ring.drop_kick = dropped  # type: ignore[method-assign]
 
     Lifecycle._ring_ended = ended  # type: ignore[method-assign]
+
+
+@fault("hostile.over-the-ring")
+def dies_of_data_in_the_ring() -> None:
+    right = Queue.add
+
+    def add(queue: Queue, chain: Chain, descriptor: Descriptor) -> None:
+        if descriptor.guest == queue.ring.desc:
+            crash()
+        right(queue, chain, descriptor)
+
+    override(Queue, add=add)
 
 
 @fault("hostile.head-twice")

@@ -50,7 +50,7 @@ def ends_after_a_kick_for_nothing() -> None:
     right = Disk.rest
 
     def rest(disk: Disk, queue: Queue, kick: int, stop: int) -> int:
-        if queue.next == queue.setup.base and disk.stopped(kick):
+        if queue.base == queue.setup.base and disk.stopped(kick):
             select.select([stop], [], [])
         return right(disk, queue, kick, stop)
 
@@ -95,10 +95,10 @@ def does_not_look_again_before_it_sleeps() -> None:
     arm, rest = Queue.arm, Disk.rest
 
     def armed(queue: Queue) -> bool:
-        return False if queue.next % 256 == 255 else arm(queue)
+        return False if queue.returned % 256 == 255 else arm(queue)
 
     def rested(disk: Disk, queue: Queue, kick: int, stop: int) -> int:
-        if queue.next % 256 == 255:
+        if queue.returned % 256 == 255:
             select.select([kick, stop], [], [])
             if not disk.stopped(stop):
                 os.eventfd_read(kick)
@@ -294,8 +294,8 @@ def begins_again_with_what_is_newly_offered() -> None:
 
     def start(queue: Queue) -> None:
         right(queue)
-        if queue.setup.base == 1:
-            queue.next = queue.ring.avail_index()
+        if queue.setup.base in (1, 0x8003_8003):
+            queue.next = queue.after(queue.next, queue.waiting())
 
     override(Queue, start=start)
 
@@ -310,7 +310,9 @@ def base_is_what_was_offered() -> None:
         return serve(disk, chain)
 
     def offered(queue: Queue) -> int:
-        return queue.ring.avail_index() if queue.started and queue.memory else base.fget(queue)
+        if queue.started and queue.memory:
+            return queue.ring.base(queue.after(queue.next, queue.waiting()), queue.used)
+        return base.fget(queue)
 
     override(Disk, serve=served)
     override(Queue, base=property(offered))
@@ -332,4 +334,4 @@ def answers_nothing_while_it_is_suspended() -> None:
 
 @fault("base.wrap")
 def counts_on_behind_65535() -> None:
-    override(Queue, after=lambda queue, index: index + 1)
+    override(Queue, after=lambda queue, index, places=1: index + places)

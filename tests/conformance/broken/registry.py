@@ -14,7 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vhostuser.conformance.backend_cases import CASES
+from vhostuser.conformance.backend_cases.twins import has_twin, twin_id
 from vhostuser.conformance.bench import Device
+from vhostuser.conformance.peer import Peer
+from vhostuser.conformance.suite import Case, select
 from vhostuser.connection import HANDLERS, Connection
 from vhostuser.protocol import BackendSession, FrontendRequest, Outgoing
 
@@ -22,11 +26,21 @@ F = FrontendRequest
 
 
 class Fault(NamedTuple):
-    """What to patch, and the cases that must fail; none for a device that is right. device: as for ``--device``."""
+    """What to patch, and the cases that must fail; none for a device that is right. device: as for ``--device``.
+
+    packed: the twins of those cases, on packed rings, must fail too.
+    """
 
     patch: Callable[[], object]
     fails: tuple[str, ...]
     device: Device = Device.BLK
+    packed: bool = True
+
+    def cases(self) -> list[Case[Peer]]:
+        """The cases that must fail."""
+        named = select(CASES, self.fails, [])
+        also = {twin_id(case.id) for case in named if has_twin(case)} if self.packed else set()
+        return named + [case for case in CASES if case.id in also and case not in named]
 
 
 FAULTS: dict[str, Fault] = {}
@@ -37,11 +51,11 @@ def _add(name: str, fault: Fault) -> None:
     FAULTS[name] = fault
 
 
-def fault(*fails: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Declares the function under it as a fault of this name."""
+def fault(*fails: str, packed: bool = True) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Declares the function under it as a fault of this name. packed: it is one of packed rings too."""
 
     def add(patch: Callable[[], None]) -> Callable[[], None]:
-        _add(patch.__name__, Fault(patch, fails))
+        _add(patch.__name__, Fault(patch, fails, packed=packed))
         return patch
 
     return add

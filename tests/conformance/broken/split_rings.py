@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from tests.conformance.broken.registry import fault
 from tests.conformance.plain import Disk, Queue, override
 from tests.conformance.plain.disk import IOERR, Outcome
+from tests.conformance.plain.packed import PackedRing
 from tests.conformance.plain.queue import Chain
 from tests.conformance.plain.ring import INDIRECT, NEXT, Bad, Descriptor, Ring
 from vhostuser._native import lib
@@ -29,6 +30,8 @@ def _places(place: Callable[[Ring, int], int]) -> None:
     """Finds a position of the ring there."""
     override(Ring, avail_head=lambda ring, position: ring._load(ring.avail + 4 + 2 * place(ring, position)))
     override(Ring, used_entry_at=lambda ring, position: ring.used + 4 + 8 * place(ring, position))
+    override(PackedRing, descriptor=lambda ring, position: ring.descriptor_at(ring.desc, place(ring, position)))
+    override(PackedRing, used_entry_at=lambda ring, position: ring.desc + 16 * place(ring, position))
 
 
 @fault("split.full", "split.indirect", "split.both", "setup.resized")
@@ -81,7 +84,7 @@ def returns_nothing_before_the_driver_wants_a_call() -> None:
 @fault("split.event-idx-called", "split.event-idx-stress")
 def event_index_is_one_late() -> None:
     right = Queue.passed
-    override(Queue, passed=lambda queue, event, now, before: right(queue, event + 1, now, before))
+    override(Queue, passed=lambda queue, event, now, before: right(queue, event + now - before, now, before))
 
 
 @fault("split.event-idx-kick")

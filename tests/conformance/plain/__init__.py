@@ -16,9 +16,7 @@ from tests.conformance.plain.disk import Disk
 from tests.conformance.plain.inflight import Inflight, InflightQueue
 from tests.conformance.plain.net import Discard, Interface, Loop
 from tests.conformance.plain.queue import Queue
-from vhostuser import connection
 from vhostuser.devices import blk, net
-from vhostuser.protocol import VirtioFeature
 from vhostuser.tools import network
 from vhostuser.virtqueue import InflightRegion, RingSetup
 
@@ -31,7 +29,6 @@ def install() -> None:
     def opened(setup: RingSetup, memory: Any, *, log: Any = None, inflight: Any = None) -> Queue:
         return Queue(setup, memory, log, inflight)
 
-    connection.TRANSPORT_FEATURES &= ~VirtioFeature.RING_PACKED.mask  # it serves split rings alone
     RingSetup.open = opened  # type: ignore[method-assign,assignment]
     blk.BlkEngine = Disk  # type: ignore[misc,assignment]
     net.NetEngine = Interface  # type: ignore[misc,assignment]

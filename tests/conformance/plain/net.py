@@ -204,7 +204,8 @@ class Interface(Engine):
 
     def give_up(self, queue: Queue) -> None:
         """Buffers that were not used are the driver's again, in their order."""
-        queue.next = (queue.next - len(self.held.pop(queue.index))) % 65536
+        places = sum(chain.places for chain in self.held.pop(queue.index))
+        queue.next = (queue.next - places) % queue.ring.modulus
 
     def deliver(self, queue: Queue, pair: int) -> bool:
         """Hands out the frames that are there; whether one lacks buffers."""
@@ -297,7 +298,7 @@ class Interface(Engine):
             if queue.inflight is not None:
                 queue.inflight.link(chain.head)
             queue.put_entry(chain.head, length)
-            queue.used = queue.after(queue.used)
+            queue.used = queue.after(queue.used, chain.places)
             queue.returned += 1
         queue.put_index()
         if queue.inflight is not None:

@@ -1,7 +1,7 @@
-"""The device's side of a split ring: taking chains, giving them back, asking for kicks and calling.
+"""The device's side of a ring: taking chains, giving them back, asking for kicks and calling.
 
-What belongs here: steps, one method each, in the order of the specification. What does not: what requests ask for
-(``disk``), when the ring is looked at (``engine``).
+What belongs here: steps, one method each, in the order of the specification. What does not: what a format makes of them
+(``ring``, ``packed``), what requests ask for (``disk``), when the ring is looked at (``engine``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tests.conformance.plain.inflight import Inflight, InflightQueue
-from tests.conformance.plain.ring import INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, WRITE, Bad, Descriptor, Ring, pieces
+from tests.conformance.plain.packed import PackedRing
+from tests.conformance.plain.ring import INDIRECT, NEXT, NO_INTERRUPT, WRITE, Bad, Descriptor, Ring, pieces
 from vhostuser._native import lib
 from vhostuser.memory import DirtyLog, GuestMemory, explain
 from vhostuser.protocol import QueueBroken, VirtioFeature
@@ -33,6 +34,8 @@ class Chain:
     readable: list[Piece] = field(default_factory=list)
     writable: list[Piece] = field(default_factory=list)
     written: int = 0
+    places: int = 1
+    """How many positions of the ring it takes."""
 
     @property
     def to_read(self) -> int:
@@ -73,11 +76,12 @@ class Queue:
         self.index = setup.index
         self.memory = memory
         self.log = log
-        self.next = setup.base
-        """The available index of what is taken next."""
+        self.next = 0
+        """The position of what is taken next."""
         self.used = 0
+        """The position in which a chain is given back next."""
         self.signalled = 0
-        """The used index when the driver was last called, or could have been."""
+        """That when the driver was last called, or could have been."""
         self.forced = False
         self.returned = 0
         self.call_fd = -1
@@ -88,6 +92,7 @@ class Queue:
         self.inflight: InflightQueue | None = None
         try:
             self.place()
+            self.next, self.used = self.ring.bases(setup.base)
             if inflight is not None:
                 self.inflight = inflight.queue(setup.index, setup.size)
         except Bad as bad:
@@ -106,12 +111,9 @@ class Queue:
     def place(self) -> None:
         """Finds the ring in memory: user addresses, aligned, each part within one region."""
         setup, size = self.setup, self.setup.size
-        if not 0 < size <= 32768 or size & (size - 1):
-            raise Bad(lib.VU_E_SIZE)
-        desc = self.part(setup.desc, 16 * size, 16)
-        avail = self.part(setup.avail, 6 + 2 * size, 2)
-        used = self.part(setup.used, 6 + 8 * size, 4)
-        self.ring = Ring(self.memory, size, desc, avail, used)
+        kind = PackedRing if self.has(VirtioFeature.RING_PACKED) else Ring
+        parts = zip((setup.desc, setup.avail, setup.used), kind.parts(size), strict=True)
+        self.ring = kind(self.memory, size, *(self.part(user, *part) for user, part in parts))
 
     def part(self, user: int, length: int, alignment: int) -> int:
         """The guest address of a part of the ring."""
@@ -123,8 +125,8 @@ class Queue:
         raise Bad(lib.VU_E_RANGE)
 
     def start(self) -> None:
-        """The used index is the ring's, not ours: a guest that boots again begins at 0."""
-        self.used = self.signalled = self.ring.used_index()
+        """Looks where the ring stands."""
+        self.used = self.signalled = self.ring.started_at(self.used)
         if self.inflight is not None:
             self.again = self.inflight.recover(self.used)
             if self.again:
@@ -145,25 +147,23 @@ class Queue:
         chain = self.parse(head)
         if self.inflight is not None:
             self.inflight.take(head)
-        self.next = self.after(self.next)
+        self.next = self.after(self.next, chain.places)
         return chain
 
-    def after(self, index: int) -> int:
-        """The index behind this one."""
-        return (index + 1) % 65536
+    def after(self, position: int, places: int = 1) -> int:
+        """The position behind a chain."""
+        return (position + places) % self.ring.modulus
 
     def waiting(self) -> int:
-        """How many chains wait to be taken."""
-        ahead = (self.ring.avail_index() - self.next) % 65536
-        if ahead > self.ring.size:
-            raise Bad(lib.VU_E_INDEX)
-        return ahead
+        """How many chains wait to be taken, at least."""
+        return self.ring.ahead(self.next, self.used)
 
     def parse(self, head: int) -> Chain:
         """Follows a chain from its head."""
         chain = Chain(self.memory, head)
         for descriptor in self.chained(head):
             self.add(chain, descriptor)
+        chain.head, chain.places = self.ring.name(head)
         return chain
 
     def chained(self, head: int) -> Iterator[Descriptor]:
@@ -175,16 +175,8 @@ class Queue:
                 yield descriptor
 
     def linked(self, table: int, count: int, index: int) -> Iterator[Descriptor]:
-        """The descriptors of one table from ``index`` on. One that has no end comes around."""
-        for _ in range(count):
-            if index >= count:
-                raise Bad(lib.VU_E_HEAD)
-            descriptor = self.ring.descriptor_at(table, index)
-            yield descriptor
-            if not descriptor.flags & NEXT:
-                return
-            index = descriptor.after
-        raise Bad(lib.VU_E_LOOP)
+        """The descriptors of one table from ``index`` on."""
+        yield from self.ring.linked(table, count, index)
 
     def table(self, descriptor: Descriptor) -> Iterator[Descriptor]:
         """The descriptors of an indirect table."""
@@ -224,7 +216,7 @@ class Queue:
         if self.inflight is not None:
             self.inflight.link(chain.head)
         self.put_entry(chain.head, length)
-        self.used = self.after(self.used)
+        self.used = self.after(self.used, chain.places)
         self.put_index()
         if self.inflight is not None:
             self.inflight.finish(chain.head)
@@ -234,12 +226,12 @@ class Queue:
     def put_entry(self, head: int, length: int) -> None:
         """The used entry."""
         self.ring.put_used(self.used, head, length)
-        self.mark_used(self.ring.used_entry_at(self.used), 8)
+        self.mark_used(self.ring.used_entry_at(self.used), self.ring.ENTRY)
 
     def put_index(self) -> None:
-        """The used index: from now on the driver has the chain."""
-        self.ring.put(self.ring.used + 2, self.used)
-        self.mark_used(self.ring.used + 2, 2)
+        """The used index, or flags: from now on the driver has the chain."""
+        for guest in self.ring.show(self.used):
+            self.mark_used(guest, 2)
 
     # ---- the dirty log
 
@@ -251,7 +243,7 @@ class Queue:
     def mark_used(self, guest: int, length: int) -> None:
         """Marks a part of the used ring where the front-end wants it, if it does."""
         if self.setup.log_used:
-            self.mark(self.setup.log + guest - self.ring.used, length)
+            self.mark(self.ring.logged_at(guest, self.setup.log), length)
 
     def mark(self, guest: int, length: int) -> None:
         """Marks what was written."""
@@ -262,19 +254,17 @@ class Queue:
 
     def arm(self) -> bool:
         """Asks for a kick; whether there is something to take all the same."""
-        if self.has(VirtioFeature.RING_EVENT_IDX):
-            self.put_and_mark(self.ring.avail_event_at, self.next)
-        else:
-            self.put_and_mark(self.ring.used, 0)
+        for store in self.ring.asking(self.next, event_idx=self.has(VirtioFeature.RING_EVENT_IDX)):
+            self.put_and_mark(*store)
         return bool(self.again or self.waiting())
 
     def disarm(self) -> None:
         """Asks for no kicks."""
-        if not self.has(VirtioFeature.RING_EVENT_IDX):
-            self.put_and_mark(self.ring.used, NO_NOTIFY)
+        for store in self.ring.declining(event_idx=self.has(VirtioFeature.RING_EVENT_IDX)):
+            self.put_and_mark(*store)
 
     def put_and_mark(self, guest: int, value: int) -> None:
-        """Writes 16 bits of the used ring."""
+        """Writes 16 bits of what asks for kicks."""
         self.ring.put(guest, value)
         self.mark_used(guest, 2)
 
@@ -283,13 +273,13 @@ class Queue:
         before, self.signalled = self.signalled, self.used
         if before == self.used:
             return False
-        if self.has(VirtioFeature.RING_EVENT_IDX):
+        if self.has(VirtioFeature.RING_EVENT_IDX) and self.ring.looks_at_event():
             return self.passed(self.ring.used_event(), self.used, before)
         return not self.ring.avail_flags() & NO_INTERRUPT
 
     def passed(self, event: int, now: int, before: int) -> bool:
         """Did the index go over ``event`` on its way from ``before`` to ``now``? (2.7.7.2, vring_need_event)"""
-        return (now - event - 1) % 65536 < (now - before) % 65536
+        return (now - event - 1) % self.ring.modulus < (now - before) % self.ring.modulus
 
     def signal(self) -> None:
         """Calls the driver if it wants to be called."""
@@ -307,7 +297,7 @@ class Queue:
     @property
     def base(self) -> int:
         """For GET_VRING_BASE."""
-        return self.next
+        return self.ring.base(self.next, self.used)
 
     def stats(self) -> QueueStats:
         """Nothing else is counted here."""

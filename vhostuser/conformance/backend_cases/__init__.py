@@ -29,6 +29,7 @@ from vhostuser.conformance.backend_cases import (
     rings,
     status,
 )
+from vhostuser.conformance.backend_cases.twins import twins
 from vhostuser.conformance.peer import Peer
 from vhostuser.conformance.suite import Case
 
@@ -64,5 +65,19 @@ _THEMES = (
     personas.CASES,
 )
 
-CASES: list[Case[Peer]] = [case for theme in _THEMES for case in theme.cases]
+_ON_RINGS = (
+    ring_state.CASES,
+    rings.SETUP,
+    rings.KICK,
+    rings.CALL,
+    bases.CASES,
+    requests.SPLIT,
+    hostile.CASES,
+    hostile.ADDRESS,
+    memory.TABLE,
+    memory.SLOTS,
+    dirty_log.CASES,
+)
+
+CASES: list[Case[Peer]] = [case for theme in _THEMES for case in theme.cases] + twins(*_ON_RINGS)
 """Every case; ids are unique."""

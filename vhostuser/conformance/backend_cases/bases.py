@@ -19,14 +19,14 @@ async def _(peer: Peer) -> None:
     lane = await peer.lane()
     for _ in range(5):
         await lane.works()
-    equal("the base", await lane.stop(), 5)
+    equal("the base", await lane.stop(), lane.queue.base)
 
 
 @CASES.must("given", "The base of a ring in which nothing was taken is the one that was set.", RINGS)
 async def _(peer: Peer) -> None:
     lane = await peer.lane(enable=False)
-    await peer.frontend.set_vring_base(lane.index, 7)
-    equal("the base", await lane.stop(), 7)
+    await peer.frontend.set_vring_base(lane.index, lane.bytes.base_at(7))
+    equal("the base", await lane.stop(), lane.bytes.base_at(7))
 
 
 @CASES.must("untouched", "A ring that was never set up has base 0, and a question for it does no harm.")
@@ -46,7 +46,7 @@ async def _(peer: Peer) -> None:
     lane = await peer.lane()
     await lane.works()
     await lane.works()
-    equal("the bases", (await lane.stop(), await lane.stop()), (2, 2))
+    equal("the bases", (await lane.stop(), await lane.stop()), (lane.queue.base,) * 2)
 
 
 @CASES.must("index", "The answer names the ring that was asked for.", RINGS)
@@ -59,9 +59,9 @@ async def _(peer: Peer) -> None:
 @CASES.must("goes-on", "A ring that starts from its base goes on where it was, again and again.", RINGS)
 async def _(peer: Peer) -> None:
     lane = await peer.lane()
-    for number in range(1, 6):
+    for _ in range(5):
         await lane.works()
-        equal("the base", await lane.stop(), number)
+        equal("the base", await lane.stop(), lane.queue.base)
         await lane.start()
 
 
@@ -72,7 +72,8 @@ async def _(peer: Peer) -> None:
         lane.offer(count=12)
         lane.kick()
         await asyncio.sleep(0.0005)
-        equal("the base", await lane.stop(), lane.raw.used_index)
+        base = await lane.stop()
+        equal("the base", base, lane.bytes.drained(base))
         await lane.start()
         lane.kick()
         await lane.served()
@@ -118,10 +119,7 @@ async def _(peer: Peer) -> None:
     await peer.share()
     lane = peer.make_lane(size=16)
     lane.base = lane.raw.available_index = lane.raw.used_index = 65534
-    if peer.index:
-        lane.describe((lane.at, 76, False))
-    else:
-        lane.plain_chain()
+    lane.usual_chain()
     await lane.start()
     for expected in (65535, 0, 1):
         lane.push(0)
@@ -137,10 +135,7 @@ async def _(peer: Peer) -> None:
     await peer.negotiate()
     await peer.share()
     lane = peer.make_lane(size=16)
-    if peer.index:
-        lane.describe((lane.at, 76, False))
-    else:
-        lane.plain_chain()
+    lane.usual_chain()
     lane.push(5, 5, 0)  # 5 is described nowhere
     lane.base = 2
     lane.raw.used_index = 2

@@ -137,7 +137,7 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     lane, log = await _logged(peer)
     await lane.works(READ)
-    written = _data_of(lane) | {lane.at // PAGE} | {lane.queue.used // PAGE}
+    written = _data_of(lane) | {lane.at // PAGE} | {lane.bytes.written_at // PAGE}
     extra = _pages(log.take()) - written
     check(not extra, "marks for what was written alone", _shown(extra))
 
@@ -146,7 +146,7 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     lane, log = await _logged(peer, used=True)
     await lane.works()
-    check(lane.queue.used // PAGE in _pages(log.take()), "a mark for the used ring", "none")
+    check(lane.bytes.written_at // PAGE in _pages(log.take()), "a mark for the used ring", "none")
 
 
 @CASES.must("used-elsewhere", "The used ring is marked at its log address, wherever that is.", SHMFD, ALL, BLK)
@@ -169,7 +169,7 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     lane, log = await _logged(peer)
     await lane.works()
-    check(lane.queue.used // PAGE not in _pages(log.take()), "no mark for the used ring", "one")
+    check(lane.bytes.written_at // PAGE not in _pages(log.take()), "no mark for the used ring", "one")
 
 
 # ---- from when until when

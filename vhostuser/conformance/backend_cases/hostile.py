@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from vhostuser.conformance.bench import Need
+from vhostuser.conformance.bytewise import AVAIL
 from vhostuser.conformance.lane import DEPTH, Lane
 from vhostuser.conformance.peer import MEMORY, MIB, Peer
 from vhostuser.conformance.suite import Theme, check
@@ -75,19 +76,19 @@ def _(lane: Lane) -> None:
 
 @_case("next-outside", "A link out of the table does no harm.")
 def _(lane: Lane) -> None:
-    lane.raw.describe(0, lane.buffers().header, 16, NEXT, 0xFFFF)
+    lane.bytes.describe(0, lane.buffers().header, 16, NEXT, 0xFFFF)
     lane.push(0)
 
 
 @_case("loop-of-one", "A descriptor that is its own next does no harm.")
 def _(lane: Lane) -> None:
-    lane.raw.describe(0, lane.buffers().header, 16, NEXT, 0)
+    lane.bytes.describe(0, lane.buffers().header, 16, NEXT, 0)
     lane.push(0)
 
 
 @_case("loop", "A chain that turns in a circle does no harm.")
 def _(lane: Lane) -> None:
-    lane.raw.describe(2, lane.buffers().status, 1, NEXT | WRITE, 1)
+    lane.bytes.describe(2, lane.buffers().status, 1, NEXT | WRITE, 1)
     lane.push(0)
 
 
@@ -112,10 +113,10 @@ def _(lane: Lane) -> None:
 def _tabled(lane: Lane, *, length: int = 48, at: int = AWAY, flags: int = TABLE, after: int = 0) -> None:
     """A plain read by way of a table."""
     buffers = lane.buffers()
-    lane.raw.describe_at(AWAY, 0, buffers.header, 16, NEXT, 1)
-    lane.raw.describe_at(AWAY, 1, buffers.data, 512, NEXT | WRITE, 2)
-    lane.raw.describe_at(AWAY, 2, buffers.status, 1, WRITE)
-    lane.raw.describe(0, at, length, flags, after)
+    lane.bytes.describe_at(AWAY, 0, buffers.header, 16, NEXT, 1)
+    lane.bytes.describe_at(AWAY, 1, buffers.data, 512, NEXT | WRITE, 2)
+    lane.bytes.describe_at(AWAY, 2, buffers.status, 1, WRITE)
+    lane.bytes.describe(0, at, length, flags, after)
     lane.push(0)
 
 
@@ -147,7 +148,7 @@ def _(lane: Lane) -> None:
 @_case("indirect-nested", "A table in a table is not followed.", INDIRECT)
 def _(lane: Lane) -> None:
     _tabled(lane)
-    lane.raw.describe_at(AWAY, 0, AWAY, 48, TABLE)
+    lane.bytes.describe_at(AWAY, 0, AWAY, 48, TABLE)
 
 
 @_case("indirect-and-next", "A table with a link behind it does no harm.", INDIRECT, harmless=True)
@@ -158,13 +159,13 @@ def _(lane: Lane) -> None:
 @_case("indirect-loop", "A table that turns in a circle does no harm.", INDIRECT)
 def _(lane: Lane) -> None:
     _tabled(lane)
-    lane.raw.describe_at(AWAY, 2, lane.buffers().status, 1, NEXT | WRITE, 1)
+    lane.bytes.describe_at(AWAY, 2, lane.buffers().status, 1, NEXT | WRITE, 1)
 
 
 @_case("indirect-link-outside", "A link out of a table does no harm.", INDIRECT)
 def _(lane: Lane) -> None:
     _tabled(lane)
-    lane.raw.describe_at(AWAY, 0, lane.buffers().header, 16, NEXT, 3)
+    lane.bytes.describe_at(AWAY, 0, lane.buffers().header, 16, NEXT, 3)
 
 
 # ---- buffers
@@ -177,7 +178,7 @@ def _status(lane: Lane) -> bytes:
 
 def _data(lane: Lane, guest: int, length: int = 512) -> None:
     """A read into this buffer."""
-    lane.raw.describe(1, guest, length, NEXT | WRITE, 2)
+    lane.bytes.describe(1, guest, length, NEXT | WRITE, 2)
     lane.push(0)
 
 
@@ -203,13 +204,13 @@ def _(lane: Lane) -> None:
 
 @_case("header-outside", "A header outside of memory does no harm.")
 def _(lane: Lane) -> None:
-    lane.raw.describe(0, MEMORY, 16, NEXT, 1)
+    lane.bytes.describe(0, MEMORY, 16, NEXT, 1)
     lane.push(0)
 
 
 @_case("header-short", "A header of eight bytes is none.")
 def _(lane: Lane) -> None:
-    lane.raw.describe(0, lane.buffers().header, 8, NEXT, 1)
+    lane.bytes.describe(0, lane.buffers().header, 8, NEXT, 1)
     lane.push(0)
 
 
@@ -220,19 +221,19 @@ def _(lane: Lane) -> None:
 
 @_case("status-missing", "A request without room for a status does no harm.")
 def _(lane: Lane) -> None:
-    lane.raw.describe(0, lane.buffers().header, 16)
+    lane.bytes.describe(0, lane.buffers().header, 16)
     lane.push(0)
 
 
 @_case("status-outside", "A status outside of memory does no harm.")
 def _(lane: Lane) -> None:
-    lane.raw.describe(2, MEMORY, 1, WRITE)
+    lane.bytes.describe(2, MEMORY, 1, WRITE)
     lane.push(0)
 
 
 @_case("nothing", "A chain of no bytes does no harm.")
 def _(lane: Lane) -> None:
-    lane.raw.describe(0, 0, 0)
+    lane.bytes.describe(0, 0, 0)
     lane.push(0)
 
 
@@ -252,7 +253,7 @@ async def _(peer: Peer) -> None:
         lane.plain_chain()
         lane.push(0)
         lane.kick()
-        lane.raw.describe(
+        lane.bytes.rewrite(
             dice.randrange(3), dice.getrandbits(dice.choice((16, 64))), dice.getrandbits(32), dice.getrandbits(3), 1
         )
     await _another_works(peer)
@@ -329,8 +330,11 @@ def _placed(name: str, rule: str, desc: int, avail: int, used: int, *, absolute:
         lane = peer.make_lane()
         await lane.start(enable=False)
         with suppress(LookupError):
-            memory.write(avail, struct.pack("<HH", 0, 2))
-            memory.write(avail + 4, struct.pack("<HH", 1, 1))
+            if peer.packed:
+                memory.write(desc, struct.pack("<QIHH", 0, 1, 0, AVAIL | NEXT))
+            else:
+                memory.write(avail, struct.pack("<HH", 0, 2))
+                memory.write(avail + 4, struct.pack("<HH", 1, 1))
         user = 0 if absolute else memory.map.guest_to_host(0)
         await peer.react(
             F.SET_VRING_ADDR, VringAddress(lane.index, 0, desc=user + desc, used=user + used, avail=user + avail, log=0)

@@ -25,7 +25,7 @@ CALL: Theme[Peer] = Theme("call", F.SET_VRING_CALL.clause)
 
 @SETUP.must("without-bit-30", "Without bit 30 every ring is enabled by SET_FEATURES.", RINGS)
 async def _(peer: Peer) -> None:
-    await peer.frontend.negotiate(V.VERSION_1.mask, 0)
+    await peer.frontend.negotiate(V.VERSION_1.mask | peer.format, 0)
     await peer.share()
     lane = peer.make_lane()
     await lane.start()
@@ -34,7 +34,7 @@ async def _(peer: Peer) -> None:
 
 @SETUP.must("without-protocol-features", "A ring works where no protocol feature is used.", RINGS, BIT_30)
 async def _(peer: Peer) -> None:
-    await peer.frontend.negotiate(V.VERSION_1.mask | BIT_30.mask, 0)
+    await peer.frontend.negotiate(V.VERSION_1.mask | BIT_30.mask | peer.format, 0)
     await peer.share()
     lane = peer.make_lane()
     await lane.start()
@@ -54,7 +54,7 @@ async def _set_up(peer: Peer, order: str) -> Lane:
             case "n":
                 await frontend.set_vring_num(index, queue.size)
             case "b":
-                await frontend.set_vring_base(index, 0)
+                await frontend.set_vring_base(index, queue.first_base)
             case "a":
                 await frontend.set_vring_addr(index, **parts)
             case "k":
@@ -297,7 +297,7 @@ async def _(peer: Peer) -> None:
 async def _(peer: Peer) -> None:
     lane = await peer.lane()
     await lane.works()
-    lane.raw.available_flags = 1
+    lane.bytes.want_no_calls()
     await lane.calm()
     await lane.works()
     check(not await lane.called(within=peer.quiet), "no call", "a call")
@@ -354,12 +354,15 @@ async def _(peer: Peer) -> None:
 
 
 @SETUP.must(
-    "least-alignment", "The parts of a ring need no more alignment than 16, 2 and 4 bytes.", RINGS, section="Virtqueues"
+    "least-alignment",
+    "The parts of a ring need no more alignment than is written.",
+    RINGS,
+    section="Virtqueues",
 )
 async def _(peer: Peer) -> None:
     await peer.negotiate()
     await peer.share()
-    lane = peer.make_lane(at=RingParts(0x80010, 0x82002, 0x84004))
+    lane = peer.make_lane(at=RingParts(0x80010, 0x82004 if peer.packed else 0x82002, 0x84004))
     await lane.start()
     await lane.works()
 
@@ -369,7 +372,10 @@ async def _(peer: Peer) -> None:
     await peer.negotiate()
     memory = await peer.share()
     used = memory.end - 4 - 8 * 16 - 4
-    lane = peer.make_lane(size=16, at=RingParts(used - 1024 & ~15, used - 512, used))
+    parts = RingParts(used - 1024 & ~15, used - 512, used)
+    if peer.packed:
+        parts = RingParts(memory.end - 16 * 16, memory.end - 1024, memory.end - 512)
+    lane = peer.make_lane(size=16, at=parts)
     await lane.start()
     await lane.works()
 
