@@ -141,6 +141,10 @@ class SplitBytes(Bytewise):
         return self._raw.used_index
 
 
+Row = tuple[int, int, int, int]
+"""A packed descriptor: address, length, buffer id, flags."""
+
+
 class _Entry(NamedTuple):
     guest: int
     length: int
@@ -157,6 +161,8 @@ class PackedBytes(Bytewise):
         self._next = self._seen = -1
         self._entries: dict[int, _Entry] = {}
         self._at: dict[int, int] = {}
+        self._first = 0
+        self._hidden: Row = (0, 0, 0, 0)
         self._out: list[tuple[int, int]] = []
         self._returned: list[tuple[int, int]] = []
 
@@ -170,17 +176,30 @@ class PackedBytes(Bytewise):
         """The place that 16 bits say."""
         return word % _WRAP + (0 if word & _WRAP else self.size)
 
-    def flags_at(self, place: int) -> int:
-        """Those of the descriptor in this place."""
-        return int.from_bytes(self.memory.read(self.queue.desc + 16 * (place % self.size) + 14, 2), "little")
+    def _address(self, place: int) -> int:
+        return self.queue.desc + 16 * (place % self.size)
 
-    def put(self, place: int, row: tuple[int, int, int, int]) -> None:
-        """Writes a descriptor (address, length, id, flags); the flags when everything else is there."""
-        at = self.queue.desc + 16 * (place % self.size)
+    def _row(self, place: int) -> Row:
+        guest, length, identity, flags = _ROW.unpack(self.memory.read(self._address(place), 16))
+        return guest, length, identity, flags
+
+    def write_row(self, guest: int, row: Row) -> None:
+        """Writes a descriptor anywhere."""
+        self.memory.write(guest, _ROW.pack(*row))
+
+    def _put(self, place: int, row: Row) -> None:
+        """Writes a descriptor of the ring; the flags when everything else is there."""
+        at = self._address(place)
         self.memory.write(at, _ROW.pack(*row)[:14])
         code = lib.vu_map_publish16(self.memory.native, at + 14, row[3])
         if code < 0:
             raise LookupError(f"guest address {at:#x}: {explain(code)}")
+
+    def go_to(self, place: int) -> None:
+        """Goes on there, as if all places before it had been used, which the ring is made to say."""
+        self._next = self._seen = place
+        for before in range(place - self.size, place):
+            self.write_row(self._address(before), (0, 0, 0, (AVAIL | USED) * (before % (2 * self.size) < self.size)))
 
     def _begin(self) -> None:
         """Goes on where the DriverQueue has come to, everything being back."""
@@ -194,29 +213,54 @@ class PackedBytes(Bytewise):
         self._entries[index] = _Entry(guest, length, flags, after)
 
     def describe_at(self, table: int, index: int, guest: int, length: int, flags: int = 0, after: int = 0) -> None:
-        self.memory.write(table + 16 * index, _ROW.pack(guest, length, 0, flags & ~Descriptor.NEXT))
+        self.write_row(table + 16 * index, (guest, length, 0, flags & ~Descriptor.NEXT))
 
     def rewrite(self, index: int, guest: int, length: int, flags: int, after: int) -> None:
         place = self._at[index]
-        self.put(place, (guest, length, after, flags | self.flags_at(place) & (AVAIL | USED)))
+        self._put(place, (guest, length, after, flags | self._row(place)[3] & (AVAIL | USED)))
 
     def push(self, *heads: int) -> None:
-        self._begin()
         for head in heads:
-            self.push_rows(head, self._chain(head))
+            self.push_as(head, head)
 
-    def push_rows(self, head: int, chain: list[int], *, published: bool = True) -> None:
-        """Makes these entries available as one chain, with its first descriptor last; or leaves that one out."""
+    def push_as(self, identity: int, head: int, *, others: int | None = None) -> None:
+        """Makes a chain available under a buffer id. others: that of its descriptors but the last."""
+        self.push_but_first(head, identity, others=others)
+        self.push_first()
+
+    def push_but_first(self, head: int, identity: int = 0, *, others: int | None = None) -> None:
+        """The same without its first descriptor, so that it is not there yet."""
         self._begin()
-        for offset in reversed(range(len(chain))):
+        chain = self._chain(head)
+        self._first = self._next
+        for offset, number in enumerate(chain):
             place = self._next + offset
-            entry = self._entries.get(chain[offset], _Entry(0, 0, 0, 0))
-            mark = AVAIL if place % (2 * self.size) < self.size else USED
-            if offset or published:
-                self.put(place, (entry.guest, entry.length, head, entry.flags | mark))
-            self._at[chain[offset]] = place
-        self._out.append((head, len(chain)))
+            entry = self._entries.get(number, _Entry(0, 0, 0, 0))
+            own = identity if others is None or offset + 1 == len(chain) else others
+            self._at[number] = place
+            row = (entry.guest, entry.length, own, entry.flags | self._mark(place))
+            if offset:
+                self._put(place, row)
+            else:
+                self._hidden = row
+        self._out.append((identity, len(chain)))
         self._next = (self._next + len(chain)) % (2 * self.size)
+
+    def push_first(self, mark: int | None = None) -> None:
+        """The first descriptor of that chain. mark: AVAIL and USED as they are not to be."""
+        *rest, flags = self._hidden
+        if mark is not None:
+            flags = flags & ~(AVAIL | USED) | mark
+        self._put(self._first, (rest[0], rest[1], rest[2], flags))
+
+    @property
+    def first_row(self) -> bytes:
+        """That descriptor as it is now."""
+        return self.memory.read(self._address(self._first), 16)
+
+    def _mark(self, place: int) -> int:
+        """The flags that make a descriptor available."""
+        return AVAIL if place % (2 * self.size) < self.size else USED
 
     def _chain(self, head: int) -> list[int]:
         """The numbers of a chain's entries, as many as a ring has at most."""
@@ -230,8 +274,8 @@ class PackedBytes(Bytewise):
     @property
     def returned(self) -> int:
         self._begin()
-        while self._is_used(self._seen):
-            _, length, head, flags = _ROW.unpack(self.memory.read(self.queue.desc + 16 * (self._seen % self.size), 16))
+        while self.is_used(self._seen):
+            _, length, head, flags = self._row(self._seen)
             self._returned.append((head, length if flags & Descriptor.WRITE else 0))
             gone = next((out for out in self._out if out[0] == head), (head, 1))
             if gone in self._out:
@@ -239,9 +283,9 @@ class PackedBytes(Bytewise):
             self._seen = (self._seen + gone[1]) % (2 * self.size)
         return len(self._returned)
 
-    def _is_used(self, place: int) -> bool:
-        wrap = place < self.size
-        return self.flags_at(place) & (AVAIL | USED) == (AVAIL | USED) * wrap
+    def is_used(self, place: int) -> bool:
+        """Does the descriptor in this place, of the two rounds, say that a chain was returned?"""
+        return self._row(place)[3] & (AVAIL | USED) == (AVAIL | USED) * (place < self.size)
 
     def used_entry(self, number: int) -> tuple[int, int]:
         return self._returned[number]
@@ -252,12 +296,19 @@ class PackedBytes(Bytewise):
 
     # ---- notifications
 
+    def say(self, flags: int, word: int = 0) -> None:
+        """Writes the driver area."""
+        self.memory.write(self.queue.avail, _EVENT.pack(word, flags))
+
     def want_no_calls(self) -> None:
-        self.memory.write(self.queue.avail, _EVENT.pack(0, DISABLE))
+        self.say(DISABLE)
 
     def want_call(self, *, late: bool = False) -> None:
-        place = self.place(self.queue.base >> 16) + (self.size - 1) * late
-        self.memory.write(self.queue.avail, _EVENT.pack(self.word(place), DESC))
+        self.want_call_at((self.size - 1) * late)
+
+    def want_call_at(self, ahead: int) -> None:
+        """Asks for a call with what is returned so many places behind what was returned last."""
+        self.say(DESC, self.word(self.place(self.queue.base >> 16) + ahead))
 
     @property
     def asked(self) -> tuple[int, int]:

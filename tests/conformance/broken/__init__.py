@@ -24,6 +24,7 @@ from tests.conformance.broken import (  # noqa: F401  (each adds its faults to t
     net_rings,
     net_told,
     notifications,
+    packed_rings,
     personas,
     postcopy,
     reply_ack,

@@ -21,12 +21,12 @@ from vhostuser.ring import Ring
 F = FrontendRequest
 
 
-@fault("hostile.reported")
+@fault("hostile.reported", "packed.reported")
 def reports_nothing() -> None:
     Ring.signal_err = lambda ring: None  # type: ignore[method-assign]
 
 
-@fault("hostile.control-kept", "hostile.recovers", "hostile.reported")
+@fault("hostile.control-kept", "hostile.recovers", "hostile.reported", "packed.control-kept", "packed.recovers")
 def leaves_for_a_broken_ring() -> None:
     right = Lifecycle._ring_ended
 
