@@ -267,11 +267,7 @@ class RawRing:
         return int.from_bytes(self.memory.read(guest, 2), "little")
 
     def _store(self, guest: int, value: int) -> None:
-        code = lib.vu_map_publish16(self.memory.native, guest, value & 0xFFFF)
-        if code == lib.VU_E_FAULT:
-            raise MemoryLost
-        if code < 0:
-            raise LookupError(f"guest address {guest:#x}: {explain(code)}")
+        self.memory.publish(guest, value)
 
 
 def _flags(event_idx: bool, indirect: bool, packed: bool) -> int:

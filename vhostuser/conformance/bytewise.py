@@ -10,9 +10,7 @@ from abc import ABC, abstractmethod
 from struct import Struct
 from typing import NamedTuple
 
-from vhostuser._native import lib
 from vhostuser.driverqueue import Descriptor, DriverQueue
-from vhostuser.memory import explain
 
 AVAIL, USED = 1 << 7, 1 << 15
 """Flags of a packed descriptor (virtio 1.3, 2.8.1)."""
@@ -191,9 +189,7 @@ class PackedBytes(Bytewise):
         """Writes a descriptor of the ring; the flags when everything else is there."""
         at = self._address(place)
         self.memory.write(at, _ROW.pack(*row)[:14])
-        code = lib.vu_map_publish16(self.memory.native, at + 14, row[3])
-        if code < 0:
-            raise LookupError(f"guest address {at:#x}: {explain(code)}")
+        self.memory.publish(at + 14, row[3])
 
     def go_to(self, place: int) -> None:
         """Goes on there, as if all places before it had been used, which the ring is made to say."""
