@@ -46,6 +46,10 @@ class Hardware:
     offloads: bool = True
     #: QEMU connects again when a back-end is lost.
     reconnect: bool = False
+    #: Places where devices may be plugged while the guest runs: buses port0, port1 and so on.
+    ports: int = 0
+    #: Memory modules that may be plugged while the guest runs.
+    dimms: int = 0
 
     @property
     def page_size(self) -> int:
@@ -70,11 +74,14 @@ class Hardware:
     def arguments(self, disks: Sequence[Path], networks: Sequence[Path] = ()) -> list[str]:
         """The part of QEMU's command line that describes it, with one device for each back-end's socket."""
         backing = ",hugetlb=on,hugetlbsize=2M" if self.hugepages else ""
+        growth = f",slots={self.dimms},maxmem=4G" if self.dimms else ""
         arguments = [
-            *("-accel", "tcg", "-cpu", "max", "-m", f"{self._kibibytes}K", "-smp", f"{self.cpus}"),
+            *("-accel", "tcg", "-cpu", "max", "-m", f"{self._kibibytes}K{growth}", "-smp", f"{self.cpus}"),
             *("-object", f"memory-backend-memfd,id=memory,size={self._kibibytes}K,share=on{backing}"),
             *("-machine", "q35,memory-backend=memory"),
         ]
+        for number in range(self.ports):
+            arguments += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1}"]
         again = ",reconnect=1" if self.reconnect else ""
         packed = ",packed=on" if self.packed else ""
         for number, socket in enumerate(disks):
