@@ -314,7 +314,7 @@ def _frontend_extension_rows() -> Iterator[Row]:
         request=_STATE,
         gate=_negotiated(P.INBAND_NOTIFICATIONS),
         rules=_QUEUE,
-        unserved=_NOT_OFFERED,
+        note="starts a ring that has no kick descriptor too",
     )
     yield Row(code=F.GET_MAX_MEM_SLOTS, reply=(U64,), gate=_negotiated(P.CONFIGURE_MEM_SLOTS))
     yield (
@@ -395,8 +395,8 @@ def _backend_rows() -> Iterator[Row]:
         silent=True,
         hook="HostNotifiers",
     )
-    yield Row(code=B.VRING_CALL, request=_STATE, gate=inband, rules=_QUEUE, silent=True, unserved=_NOT_SENT)
-    yield Row(code=B.VRING_ERR, request=_STATE, gate=inband, rules=_QUEUE, silent=True, unserved=_NOT_SENT)
+    yield Row(code=B.VRING_CALL, request=_STATE, gate=inband, rules=_QUEUE, silent=True)
+    yield Row(code=B.VRING_ERR, request=_STATE, gate=inband, rules=_QUEUE, silent=True)
     yield Row(code=B.SHARED_OBJECT_ADD, request=(Uuid,), gate=shared, silent=True, hook="SharedObjects")
     yield Row(code=B.SHARED_OBJECT_REMOVE, request=(Uuid,), gate=shared, silent=True, hook="SharedObjects")
     yield Row(

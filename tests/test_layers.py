@@ -34,6 +34,7 @@ ALLOWED = {
     "regions": {"protocol", "channel", "memory", "uffd", "postcopy", "record", "metrics", "measures"},
     "lifecycle": RUNTIME - {"channel", "postcopy", "record"} | {"regions"},
     "arguments": {"protocol", "channel", "ring"},
+    "ring_messages": {"protocol", "announcements", "backend_channel", "ring"},
     "ring_requests": {"protocol", "arguments", "lifecycle", "ring"},
     "device_requests": {"protocol", "arguments", "device", "lifecycle"},
     "hooks": {"protocol"},
@@ -43,7 +44,7 @@ ALLOWED = {
     "connection": RUNTIME
     | {"hook_requests", "hooks"}
     | {"announcements", "arguments", "lifecycle", "offer", "regions", "transfer", "watch"}
-    | {"ring_requests", "device_requests"},
+    | {"ring_requests", "device_requests", "ring_messages"},
     "backend_channel": {"protocol", "channel"},
     "announcements": {"protocol", "channel", "backend_channel"},
     "transfer": {"protocol", "channel", "device"},
@@ -56,7 +57,7 @@ ALLOWED = {
     "raw": {"protocol", "channel"},
     "frontend.requests": {"protocol", "channel", "raw"},
     "frontend.calls": {"protocol", "channel"} | FRONT,
-    "frontend.channel": {"protocol", "channel"},
+    "frontend.channel": {"protocol", "channel", "frontend.ring"},
     "frontend.services": {"protocol", "channel", "memory", "frontend.channel"},
     "frontend.postcopy": {"protocol", "frontend.calls"} | FRONT,
     "frontend.state": {"protocol", "channel", "frontend.calls"},

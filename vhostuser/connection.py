@@ -61,6 +61,7 @@ from vhostuser.protocol import Postcopy as PostcopyState
 from vhostuser.record import MemoryRecord
 from vhostuser.regions import Regions
 from vhostuser.ring import Ring
+from vhostuser.ring_messages import RingMessages
 from vhostuser.ring_requests import RingRequests
 from vhostuser.transfer import StateTransfer
 from vhostuser.virtqueue import InflightRegion
@@ -117,11 +118,13 @@ class Connection:
             max_slots=mem_slots,
         )
         self._mem_slots = mem_slots
-        self._life = Lifecycle(name, device, self._session, failed=self._channel.end, broke=self._broke)
+        self._announcements = Announcements(name, self._session)
+        self._ring_messages = RingMessages(self._session, self._announcements)
+        broke = self._ring_messages.broke
+        self._life = Lifecycle(name, device, self._session, failed=self._channel.end, broke=broke)
         self._regions = Regions(name, postcopy, record, self._life.memory_whole)
         self._watch = MessageWatch(name, self._waits_for)
         self._sending = False
-        self._announcements = Announcements(name, self._session)
         device.announce += (self._announcements.config_changed,)
         self._of_rings = RingRequests(self._life, device.queue_size, self._kicked)
         self._of_device = DeviceRequests(name, device, self._session, self._life)
@@ -191,7 +194,7 @@ class Connection:
             if request.code in _STOPPING:
                 await self._life.stop_unwanted()
             self._life.changed()
-            self._announcements.send_due()
+            self._send_due()
             self._of_hooks.follow(request.code)
             if outgoing is not None:
                 self._sending = True
@@ -278,7 +281,9 @@ class Connection:
                 pass
 
     async def _set_protocol_features(self, request: Request) -> None:
-        log.info("%s: protocol features: %s", self.name, protocol_feature_names(payload_of(request, U64).value))
+        features = payload_of(request, U64).value
+        log.info("%s: protocol features: %s", self.name, protocol_feature_names(features))
+        self._ring_messages.negotiated(self.rings, features)
 
     # ---- memory
 
@@ -374,15 +379,12 @@ class Connection:
 
     def _kicked(self, ring: Ring) -> None:
         self._life.kicked(ring)
-        self._announcements.send_due()
+        self._send_due()
         self._of_hooks.offer_notifiers()
 
-    def _broke(self, ring: Ring) -> None:
-        """To the driver a ring that is broken is a device that needs a reset (virtio 1.3, 2.1.2)."""
-        ring.signal_err()
-        if self._session.has(ProtocolFeature.STATUS):
-            self._session.ask_for_reset()
-            self._announcements.config_changed()
+    def _send_due(self) -> None:
+        self._announcements.send_due()
+        self._ring_messages.send_due()
 
     async def _set_backend_req_fd(self, request: Request) -> None:
         self._announcements.take_channel(fds_of(request))
@@ -461,6 +463,7 @@ HANDLERS: dict[int, _Handler] = {
     FrontendRequest.SET_VRING_BASE: _by_rings(RingRequests.set_vring_base),
     FrontendRequest.GET_VRING_BASE: _by_rings(RingRequests.get_vring_base),
     FrontendRequest.SET_VRING_KICK: _by_rings(RingRequests.set_vring_kick),
+    FrontendRequest.VRING_KICK: _by_rings(RingRequests.vring_kick),
     FrontendRequest.SET_VRING_CALL: _by_rings(RingRequests.set_vring_call),
     FrontendRequest.SET_VRING_ERR: _by_rings(RingRequests.set_vring_err),
     FrontendRequest.SEND_RARP: _by_device(DeviceRequests.send_rarp),

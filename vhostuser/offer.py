@@ -24,6 +24,7 @@ _PROTOCOL_FEATURES = (
     ProtocolFeature.CONFIG,
     ProtocolFeature.INFLIGHT_SHMFD,
     ProtocolFeature.RESET_DEVICE,
+    ProtocolFeature.INBAND_NOTIFICATIONS,
     ProtocolFeature.CONFIGURE_MEM_SLOTS,
     ProtocolFeature.STATUS,
 )

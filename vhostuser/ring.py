@@ -70,7 +70,12 @@ class Ring:
         self.enabled = False
         """While it runs: whether its requests are executed, and not thrown away."""
         self._call = self._err = -1
-        self._calls = False
+        self._calls: bool | None = None
+        """Whether calls have a descriptor; None: the front-end has not said."""
+        self._in_band = -1
+        """An eventfd of ours that the data thread signals instead, for calls that go out as messages; kept for the
+        life of the ring, as the number of the other is."""
+        self._messages = False
         self._watched = False
         self._before = QueueStats()  # of the queues before this one
         self._queue: DeviceQueue | None = None
@@ -116,6 +121,44 @@ class Ring:
             os.close(self.kick)
         self.kick = None
 
+    def kick_in_band(self, kicked: Callable[[], None]) -> None:
+        """Kicks the ring for a front-end that does it by message; ``kicked`` as for ``set_kick``.
+
+        Without a descriptor of the front-end's the thread is woken by one of ours, until the ring is stopped.
+        """
+        if self.kick is None:
+            self.set_kick(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), kicked)
+        assert self.kick is not None
+        if self.kick != POLLED:
+            lib.vu_event_signal(self.kick)
+
+    def call_in_band(self, called: Callable[[], None] | None) -> None:
+        """Until the front-end says where to call, ``called`` is, on this loop, once for all calls that came together.
+
+        None: nobody is. The data thread signals an eventfd as ever, so that no request costs a message.
+        """
+        loop = asyncio.get_running_loop()
+        if self._in_band >= 0:
+            loop.remove_reader(self._in_band)
+        elif called is not None:
+            self._in_band = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        if called is not None:
+            loop.add_reader(self._in_band, self._pass_on, called)
+        self._messages = called is not None
+        if self._queue is not None:
+            self._queue.set_call(self._where)
+
+    def _pass_on(self, called: Callable[[], None]) -> None:
+        os.eventfd_read(self._in_band)
+        called()
+
+    @property
+    def _where(self) -> int:
+        """What calls are signalled on; -1: they are not."""
+        if self._calls is None:
+            return self._in_band if self._messages else -1
+        return self._call if self._calls else -1
+
     def set_call(self, fd: int | None) -> None:
         """Takes the call eventfd (None: the driver is not to be called), also while the ring runs.
 
@@ -126,13 +169,13 @@ class Ring:
         if fd is not None:
             self._call = _replace(self._call, fd)
         if self._queue is not None:
-            self._queue.set_call(self._call if self._calls else -1)
+            self._queue.set_call(self._where)
             self.call()
 
     def call(self) -> None:
         """Calls the driver, whatever it asked for; a call without a reason does no harm."""
-        if self._calls:
-            lib.vu_event_signal(self._call)
+        if self._where >= 0:
+            lib.vu_event_signal(self._where)
 
     def nudge(self) -> None:
         """Kicks the ring and, if it runs, calls the driver: for what somebody else may have taken from the eventfds."""
@@ -149,10 +192,11 @@ class Ring:
             os.close(self._err)
             self._err = -1
 
-    def signal_err(self) -> None:
-        """Tells the front-end that the ring is broken."""
+    def signal_err(self) -> bool:
+        """Tells the front-end that the ring is broken; False if it has given nothing to be told by."""
         if self._err >= 0:
             lib.vu_event_signal(self._err)
+        return self._err >= 0
 
     # ---- start and stop
 
@@ -182,7 +226,7 @@ class Ring:
         """Validates the ring against memory. Raises QueueBroken if it does not fit; touches nothing."""
         queue = self.setup(features).open(memory, log=log, inflight=inflight)
         queue.set_touch(touch)
-        queue.set_call(self._call if self._calls else -1)
+        queue.set_call(self._where)
         queue.force_signal()
         return queue
 
@@ -261,10 +305,11 @@ class Ring:
         """Closes every descriptor; the ring must have been halted."""
         self.drop_kick()
         self._close_queue()
-        for fd in (self._call, self._err):
+        self.call_in_band(None)
+        for fd in (self._call, self._err, self._in_band):
             if fd >= 0:
                 os.close(fd)
-        self._call = self._err = -1
+        self._call = self._err = self._in_band = -1
 
     def stats(self) -> QueueStats:
         """What its queues have done on this connection."""

@@ -63,6 +63,10 @@ class RingRequests:
         async with self._life.halted(ring):
             ring.set_kick(event_of(request, "kick"), lambda: self._kicked(ring))
 
+    async def vring_kick(self, request: Request) -> None:
+        ring = self._life.rings[payload_of(request, VringState).index]
+        ring.kick_in_band(lambda: self._kicked(ring))
+
     async def set_vring_call(self, request: Request) -> None:
         self._life.rings[payload_of(request, VringFd).index].set_call(event_of(request, "call"))
 

@@ -14,7 +14,7 @@ BLK = f"{sys.executable} -m vhostuser.tools.blk --socket-path={{socket}} --blk-f
 TOOL = [sys.executable, "-m", "vhostuser.tools.main", "conform", "backend"]
 
 NOT_OFFERED = (
-    *("RARP", "MTU", "NET_F_MTU", "CROSS_ENDIAN", "CRYPTO_SESSION", "INBAND_NOTIFICATIONS"),
+    *("RARP", "MTU", "NET_F_MTU", "CROSS_ENDIAN", "CRYPTO_SESSION"),
     *("SHARED_OBJECT", "DEVICE_STATE", "SHMEM", "ACCESS_PLATFORM"),
 )
 

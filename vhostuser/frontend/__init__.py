@@ -1,6 +1,6 @@
 """The front-end: what drives a back-end over a socket. What belongs here: the public names, each from its module."""
 
-from vhostuser.frontend.channel import Answerer, BackendEvent, BackendRequests
+from vhostuser.frontend.channel import Answerer, BackendEvent, BackendRequests, notifying
 from vhostuser.frontend.frontend import DRIVABLE, DRIVABLE_PROTOCOL, Frontend, Listener
 from vhostuser.frontend.memory import SharedLog, SharedMemory, SharedRegion
 from vhostuser.frontend.postcopy import ClientRegion, PostcopyClient
@@ -31,5 +31,6 @@ __all__ = [
     "SharedRegion",
     "Window",
     "load_state",
+    "notifying",
     "save_state",
 ]

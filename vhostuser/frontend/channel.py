@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vhostuser.channel import Channel, Fds
+from vhostuser.frontend.ring import FrontendRing
 from vhostuser.protocol import (
     BackendRequest,
     Payload,
@@ -25,6 +27,7 @@ from vhostuser.protocol import (
     Request,
     RequestRefused,
     Server,
+    VringState,
 )
 
 log = logging.getLogger("vhostuser")
@@ -45,6 +48,27 @@ def config_changes_only(request: Request) -> None:
         raise RequestRefused(f"{request.code.name} is not served here")
 
 
+NOTIFICATIONS = frozenset({BackendRequest.VRING_CALL, BackendRequest.VRING_ERR})
+"""Signals and no events: what is to be done about them the answer does, and they are not kept."""
+
+
+def notifying(rings: Iterable[FrontendRing], others: Answerer = config_changes_only) -> Answerer:
+    """In-band notifications: VRING_CALL and VRING_ERR signal the eventfds of these rings, so that ``called`` and
+    ``broken`` are as with descriptors. Everything else is for ``others``."""
+    by_index = {ring.index: ring for ring in rings}
+
+    def answer(request: Request) -> Reply | None:
+        if request.code not in NOTIFICATIONS:
+            return others(request)
+        assert isinstance(request.payload, VringState)
+        if (ring := by_index.get(request.payload.index)) is None:
+            raise RequestRefused(f"{request.code.name} of ring {request.payload.index}, which is none of ours")
+        os.eventfd_write(ring.call_fd if request.code is BackendRequest.VRING_CALL else ring.err_fd, 1)
+        return None
+
+    return answer
+
+
 class BackendEvent(NamedTuple):
     """A request of the back-end that was answered with yes. fds: what the answer did not take; the receiver's."""
 
@@ -56,9 +80,9 @@ class BackendEvent(NamedTuple):
 class BackendRequests:
     """Serves the back-end's requests on ``sock``, which it owns. Belongs to the loop's thread.
 
-    ``session`` is the answering end (``FrontendSession.channel``). Every request that ``answer`` accepts is then to be
-    collected with ``next``, unless ``keep`` is false. What it refuses, or raises any other exception for, is refused;
-    that is logged.
+    ``session`` is the answering end (``FrontendSession.channel``). Every request that ``answer`` accepts, but for
+    ``NOTIFICATIONS``, is then to be collected with ``next``, unless ``keep`` is false. What it refuses, or raises any
+    other exception for, is refused; that is logged.
     """
 
     def __init__(
@@ -146,7 +170,7 @@ class BackendRequests:
     def _decide(self, request: Request) -> Reply | RequestRefused | None:
         if request.refusal is not None:
             return request.refusal
-        if len(self._events) >= MOST_EVENTS:
+        if len(self._events) >= MOST_EVENTS and request.code not in NOTIFICATIONS:
             return RequestRefused(f"{MOST_EVENTS} requests were not collected")
         try:
             return self._answer(request)
@@ -159,6 +183,8 @@ class BackendRequests:
 
     def _keep(self, request: Request, fds: Fds) -> None:
         assert isinstance(request.code, BackendRequest)
+        if request.code in NOTIFICATIONS:
+            return
         kept = Fds()
         kept.extend(fds)
         self._events.append(BackendEvent(request.code, request.payload, kept))

@@ -172,13 +172,15 @@ class Frontend(Calls):
         base: int | None = None,
         enable: bool = True,
         polled: bool = False,
+        in_band: bool = False,
         log_used: bool = False,
     ) -> None:
         """Sets the ring up, gives its eventfds and enables it; it starts at the first kick.
 
         base: where to go on, from ``stop_ring``; None: the ring is new. polled: without a kick descriptor; it starts at
-        once. log_used: writes to the used ring are marked in the dirty log. Raises LocalProtocolError where the ring is
-        not of the format that was negotiated.
+        once. in_band: without any eventfd: it starts at the first ``vring_kick``, and the back-end calls by messages
+        (``channel.notifying``). log_used: writes to the used ring are marked in the dirty log. Raises
+        LocalProtocolError where the ring is not of the format that was negotiated.
         """
         queue, index = ring.queue, ring.index
         if queue.packed != self.session.has(VirtioFeature.RING_PACKED):
@@ -190,9 +192,10 @@ class Frontend(Calls):
         await self.set_vring_num(index, queue.size)
         await self.set_vring_base(index, queue.first_base if base is None else base)
         await self.set_vring_addr(index, desc=user(queue.desc), avail=user(queue.avail), used=user(queue.used), log=log)
-        await self.set_vring_err(index, ring.err_fd)
-        await self.set_vring_call(index, ring.call_fd)
-        await self.set_vring_kick(index, None if polled else ring.kick_fd)
+        if not in_band:
+            await self.set_vring_err(index, ring.err_fd)
+            await self.set_vring_call(index, ring.call_fd)
+            await self.set_vring_kick(index, None if polled else ring.kick_fd)
         if enable and self.session.has(VirtioFeature.PROTOCOL_FEATURES):
             await self.set_vring_enable(index, True)
 

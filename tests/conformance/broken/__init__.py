@@ -14,6 +14,7 @@ from tests.conformance.broken import (  # noqa: F401  (each adds its faults to t
     framing,
     hostile,
     in_flight,
+    inband,
     inflight,
     log,
     maps,

@@ -28,7 +28,7 @@ from vhostuser.protocol import (
 P, V = ProtocolFeature, VirtioFeature
 
 OFFERED = (
-    *(P.RARP, P.MTU, P.CROSS_ENDIAN, P.CRYPTO_SESSION, P.INBAND_NOTIFICATIONS),
+    *(P.RARP, P.MTU, P.CROSS_ENDIAN, P.CRYPTO_SESSION),
     *(P.SHARED_OBJECT, P.DEVICE_STATE, P.SHMEM),
 )
 STATE = b"the state of a disk: nothing"

@@ -12,6 +12,7 @@ from vhostuser.protocol import BackendSession, DeviceStatus, RequestRefused
 from vhostuser.protocol.ring import RING, RingEvent
 from vhostuser.protocol.state import State
 from vhostuser.ring import Ring
+from vhostuser.ring_messages import RingMessages
 
 # ---- the register
 
@@ -124,15 +125,11 @@ def takes_the_driver_s_word_for_its_own() -> None:
 
 @fault("status.needs-reset-announced")
 def keeps_its_need_to_itself() -> None:
-    right = Connection._broke
+    def broke(messages: RingMessages, ring: Ring) -> None:
+        ring.signal_err()
+        messages._session.ask_for_reset()
 
-    def broke(connection: Connection, ring: Ring) -> None:
-        announced = connection._announcements._config_changed
-        connection._announcements.send_due = lambda: None  # type: ignore[method-assign]
-        right(connection, ring)
-        connection._announcements._config_changed = announced
-
-    Connection._broke = broke  # type: ignore[method-assign]
+    RingMessages.broke = broke  # type: ignore[method-assign]
 
 
 # ---- RESET_DEVICE

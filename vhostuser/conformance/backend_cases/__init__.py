@@ -13,6 +13,7 @@ from vhostuser.conformance.backend_cases import (
     framing,
     generic,
     hostile,
+    inband,
     memory,
     negotiation,
     net_migration,
@@ -63,6 +64,7 @@ _THEMES = (
     status.CASES,
     status.RESET,
     backend_channel.CASES,
+    inband.CASES,
     postcopy.CASES,
     personas.CASES,
 )
