@@ -337,7 +337,7 @@ def test_a_layout_that_another_feature_would_bring_is_named() -> None:
 
 @pytest.mark.parametrize("bit", [P.GPA_ADDRESSES, P.GET_VRING_BASE_INFLIGHT], ids=lambda bit: bit.name)
 def test_a_peer_that_counts_bits_as_drafts_did_is_recognised(bit: P) -> None:
-    pair = connect(protocol_features=bit.mask)
+    pair = connect(protocol_features=bit.mask | P.INFLIGHT_SHMFD.mask)
     asked = Outgoing(Header(F.GET_SHMEM_CONFIG, 1, 0).pack())
     with pytest.raises(RemoteProtocolError, match=rf"\(bit {bit:d} was, which was SHMEM in drafts; it is 22\)"):
         read(pair.back, asked)
