@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from vhostuser.channel import readable
+from vhostuser.channel import readable, writable
 from vhostuser.conformance.frames import NetFeature
 from vhostuser.conformance.lane import AREA, Lane
 from vhostuser.conformance.subject import Subject
@@ -299,6 +299,11 @@ class Peer:
         self._fds.add(fd)
         return fd
 
+    def keep(self, fd: int) -> int:
+        """Takes a descriptor that came along, to be closed with the case."""
+        self._fds.add(fd)
+        return fd
+
     def drop(self, fd: int) -> None:
         """Closes one of our descriptors before the end of the case."""
         self._fds.discard(fd)
@@ -308,6 +313,13 @@ class Peer:
         """What comes next from a descriptor, whose other end has the patience's time; nothing at its end."""
         await asyncio.wait_for(readable(fd), self.patience)
         return os.read(fd, 65536)
+
+    async def write(self, fd: int, data: bytes) -> None:
+        """Writes all of this into a descriptor, whose other end has the patience's time for each piece."""
+        os.set_blocking(fd, False)
+        while data:
+            await asyncio.wait_for(writable(fd), self.patience)
+            data = data[os.write(fd, data) :]
 
     async def let_go(self, read: int, write: int) -> bool:
         """Closes our write end of a pipe of which the back-end was sent another; does it close its own too?"""

@@ -1,5 +1,4 @@
-"""What outlives a back-end: the buffer of requests in flight, and the device's own state. Sections "Inflight I/O
-tracking", "Migrating back-end state".
+"""What outlives a back-end: the buffer of requests in flight. Section "Inflight I/O tracking".
 
 A crash is not waited for but described: the buffer is written as a back-end leaves it that was killed at that point.
 """
@@ -15,22 +14,19 @@ from typing import NamedTuple
 from vhostuser.conformance.bench import Need
 from vhostuser.conformance.lane import Lane
 from vhostuser.conformance.peer import Peer
-from vhostuser.conformance.suite import Theme, Violation, check, equal
+from vhostuser.conformance.suite import Theme, check, equal
 from vhostuser.drivers.blk import BlkRequest
 from vhostuser.frontend import InflightBuffer
 from vhostuser.protocol import (
-    DeviceStateTransfer,
     FrontendRequest,
     Inflight,
     ProtocolFeature,
     RequestRefused,
-    TransferDirection,
 )
 
 F, P = FrontendRequest, ProtocolFeature
 CASES: Theme[Peer] = Theme("inflight", "Inflight I/O tracking")
-STATE: Theme[Peer] = Theme("state", "Migrating back-end state")
-SHMFD, ACK, DISK, DEVICE = P.INFLIGHT_SHMFD, P.REPLY_ACK, Need.BLK, P.DEVICE_STATE
+SHMFD, ACK, DISK = P.INFLIGHT_SHMFD, P.REPLY_ACK, Need.BLK
 SIZE = 64
 GET, SET = F.GET_INFLIGHT_FD.clause, F.SET_INFLIGHT_FD.clause
 
@@ -347,94 +343,3 @@ async def _(peer: Peer) -> None:
         lane.kick()
         await asyncio.sleep(peer.quiet)
     await peer.serves_another()
-
-
-# ---- the device's state
-
-
-async def _save(peer: Peer) -> bytes:
-    read, write = peer.pipe()
-    theirs = await peer.frontend.set_device_state_fd(TransferDirection.SAVE, write)
-    peer.drop(write)
-    state = b""
-    while piece := await peer.read(read if theirs is None else theirs):
-        state += piece
-    return state
-
-
-async def _load(peer: Peer, state: bytes) -> None:
-    read, write = peer.pipe()
-    theirs = await peer.frontend.set_device_state_fd(TransferDirection.LOAD, read)
-    end = write if theirs is None else theirs
-    os.write(end, state)
-    peer.drop(end)
-
-
-@STATE.must("save", "The state is written until the end of the channel, and checks.", DEVICE)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    await _save(peer)
-    await peer.frontend.check_device_state()
-
-
-@STATE.must("load", "A state that was saved can be loaded, and checks.", DEVICE)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    state = await _save(peer)
-    await peer.again()
-    await peer.negotiate()
-    await _load(peer, state)
-    await peer.frontend.check_device_state()
-
-
-@STATE.must("cut-off", "A state that ends too early does not check.", DEVICE)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    state = await _save(peer)
-    if not state:
-        return
-    await peer.again()
-    await peer.negotiate()
-    try:
-        await _load(peer, state[: len(state) // 2])
-        await peer.frontend.check_device_state()
-    except RequestRefused:
-        return
-    raise Violation("an error from CHECK_DEVICE_STATE", "success with half of the state")
-
-
-@STATE.must("running", "While a ring runs no state is moved.", DEVICE, Need.RINGS)
-async def _(peer: Peer) -> None:
-    lane = await peer.lane()
-    await lane.works()
-    _, write = peer.pipe()
-    await peer.refuses(F.SET_DEVICE_STATE_FD, DeviceStateTransfer(TransferDirection.SAVE), (write,))
-
-
-@STATE.must("direction", "A direction that there is not is refused.", DEVICE)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    _, write = peer.pipe()
-    await peer.refuses(F.SET_DEVICE_STATE_FD, DeviceStateTransfer(2), (write,))
-
-
-@STATE.must("phase", "A phase that there is not is refused.", DEVICE)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    _, write = peer.pipe()
-    await peer.refuses(F.SET_DEVICE_STATE_FD, DeviceStateTransfer(TransferDirection.SAVE, 1), (write,))
-
-
-@STATE.should("check-alone", "A check without a transfer is answered.", DEVICE)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    reaction = await peer.react(F.CHECK_DEVICE_STATE)
-    check(len(reaction.body) == 8, "a u64", str(reaction))
-
-
-@STATE.must("twice", "A second migration can be made after the first.", DEVICE)
-async def _(peer: Peer) -> None:
-    await peer.negotiate()
-    for _ in range(2):
-        await _save(peer)
-        await peer.frontend.check_device_state()
