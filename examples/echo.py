@@ -23,7 +23,6 @@ class Echo(Device):
 
     virtio_id = 63  # virtio numbers its devices from 1, and none has this number
     queues = 2
-    queue_size = 256
     metrics = (BYTES,)
 
     def __init__(self) -> None:

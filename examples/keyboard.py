@@ -12,7 +12,6 @@ from enum import IntEnum
 
 from vhostuser.dataplane import ServedQueue
 from vhostuser.device import Device
-from vhostuser.protocol import ProtocolFeature
 from vhostuser.tools.service import serve_device
 from vhostuser.virtqueue import Request
 
@@ -26,7 +25,6 @@ KEYS = {" ": 57, "\n": 28} | {
     for place, letter in enumerate(row)
 }
 EVENTS, STATUS = range(2)
-STATE = struct.Struct("<II")
 
 
 class Select(IntEnum):
@@ -41,9 +39,6 @@ class Keyboard(Device):
 
     virtio_id = 18
     queues = 2
-    queue_size = 64
-    protocol_features = ProtocolFeature.DEVICE_STATE.mask
-    state_limit = STATE.size
 
     def __init__(self, text: str) -> None:
         self.events = [event for letter in text for event in stroke(KEYS[letter])]
@@ -94,17 +89,6 @@ class Keyboard(Device):
             self.next = 0
             self.lit.set()
 
-    # ---- what a guest would miss on another host
-
-    def save_state(self) -> bytes:
-        return STATE.pack(self.next, self.lamps)
-
-    def load_state(self, state: bytes) -> None:
-        position, lamps = STATE.unpack(state)
-        if position > len(self.events):
-            raise ValueError(f"position {position} in a text of {len(self.events)} events")
-        self.next, self.lamps = position, lamps
-
     def state(self) -> dict[str, object]:
         return {"typed": self.next, "lamps": [lamp for lamp in LEDS if self.lamps >> lamp & 1]}
 
@@ -120,4 +104,4 @@ def bits(numbers: Collection[int]) -> bytes:
 
 
 if __name__ == "__main__":
-    serve_device(lambda: Keyboard("hello from the device\n"))
+    serve_device(lambda: Keyboard("hello\n"))

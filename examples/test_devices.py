@@ -1,12 +1,14 @@
 """Tests of the small devices: no virtual machine, no socket file, no root. Run with: pytest test_devices.py"""
 
 import asyncio
+import errno
 import struct
 from collections.abc import Callable
 
 import pytest
 from echo import BYTES, Echo
 from keyboard import EVENT, KEY, KEYS, LED, SCROLL_LOCK, STATUS, SYN, Keyboard, Select
+from notebook import ANSWER, ATTRIBUTES, FORGET, HEADER, NOTE, READ_WRITE, ROOT, Notebook
 from rng import Rng
 
 from vhostuser.frontend import load_state, save_state
@@ -18,6 +20,7 @@ pytest_plugins = ["vhostuser.testing.plugin"]
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("no_leaks")]
 
 Pairs = Callable[..., Pair]
+LOOK_UP, GET_ATTRIBUTES, SET_ATTRIBUTES, READ, WRITE, LIST = 1, 3, 4, 15, 16, 28  # of FUSE
 
 
 # ---- random numbers
@@ -132,33 +135,105 @@ async def test_a_short_event_lights_nothing_and_ends_nothing(pairs: Pairs) -> No
     assert len(await typed(pair, 4)) == 4
 
 
-async def test_a_guest_that_moves_in_the_middle_gets_the_rest(pairs: Pairs) -> None:
-    source, destination = pairs(Keyboard("hi")), pairs(Keyboard("hi"))
-    await source.set_up(rings=2)
-    await light(source)
-    assert await typed(source, 2) == [key("h", 1), key("h", 0)]
+# ---- notebook
+
+
+async def done(pair: Pair, operation: int, node: int = NOTE, body: bytes = b"") -> bytes:
+    """What a FUSE operation answers. Raises OSError for its error."""
+    header = HEADER.pack(HEADER.size + len(body), operation, 77, node)
+    answer = await pair.ask(header + body, 4096, ring=1)
+    size, error, unique = ANSWER.unpack_from(answer)
+    assert (size, unique) == (len(answer), 77)
+    if error:
+        raise OSError(-error, "an answer")
+    return answer[ANSWER.size :]
+
+
+async def noted(pair: Pair, offset: int = 0, size: int = 1000) -> bytes:
+    return await done(pair, READ, body=READ_WRITE.pack(offset, size))
+
+
+async def note(pair: Pair, offset: int, text: bytes) -> None:
+    assert await done(pair, WRITE, body=READ_WRITE.pack(offset, len(text)) + text) == struct.pack("<II", len(text), 0)
+
+
+async def opened(pairs: Pairs, text: bytes = b"") -> Pair:
+    pair = pairs(Notebook(text))
+    await pair.set_up(rings=2)
+    return pair
+
+
+async def test_what_was_noted_is_read_and_its_size_is_told(pairs: Pairs) -> None:
+    pair = await opened(pairs)
+    await note(pair, 0, b"hello")
+    await note(pair, 7, b"world")
+    assert await noted(pair) == b"hello\0\0world"
+    assert await noted(pair, 7, 3) == b"wor"
+    assert await noted(pair, 100) == b""
+    assert ATTRIBUTES.unpack((await done(pair, GET_ATTRIBUTES))[16:])[1] == 12
+    await done(pair, SET_ATTRIBUTES, body=struct.pack("<I12xQ64x", 8, 2))
+    assert await noted(pair) == b"he"
+
+
+async def test_the_note_is_found_and_nothing_else(pairs: Pairs) -> None:
+    pair = await opened(pairs)
+    assert struct.unpack_from("<Q", await done(pair, LOOK_UP, ROOT, b"note\0")) == (NOTE,)
+    for node, name in ((ROOT, b"other\0"), (NOTE, b"note\0")):
+        with pytest.raises(FileNotFoundError):
+            await done(pair, LOOK_UP, node, name)
+
+
+async def test_the_directory_is_listed_in_pieces_too(pairs: Pairs) -> None:
+    pair = await opened(pairs)
+    whole = await done(pair, LIST, ROOT, READ_WRITE.pack(0, 4096))
+    pieces = [await done(pair, LIST, ROOT, READ_WRITE.pack(place, 40)) for place in range(4)]
+    assert b"".join(pieces) == whole
+    assert b"note" in whole
+
+
+@pytest.mark.parametrize(
+    ("operation", "body", "error"),
+    [
+        (WRITE, READ_WRITE.pack(65530, 10) + b"0123456789", errno.ENOSPC),
+        (WRITE, READ_WRITE.pack(1 << 63, 1) + b"x", errno.ENOSPC),
+        (SET_ATTRIBUTES, struct.pack("<I12xQ64x", 8, 1 << 63), errno.ENOSPC),
+        (READ, b"short", errno.EINVAL),
+        (99, b"", errno.ENOSYS),
+    ],
+)
+async def test_what_cannot_be_done_is_an_error_and_changes_nothing(
+    pairs: Pairs, operation: int, body: bytes, error: int
+) -> None:
+    pair = await opened(pairs, b"as it was")
+    with pytest.raises(OSError) as raised:
+        await done(pair, operation, body=body)
+    assert raised.value.errno == error
+    assert await noted(pair) == b"as it was"
+
+
+async def test_a_request_without_a_header_gets_nothing_and_the_next_is_served(pairs: Pairs) -> None:
+    pair = await opened(pairs, b"text")
+    assert await pair.ask(b"short", 100, ring=1) == b""
+    assert await pair.ask(HEADER.pack(48, FORGET, 1, NOTE) + bytes(8)) == b"", "nobody waits for an answer"
+    assert await noted(pair) == b"text"
+
+
+async def test_the_note_moves_with_its_guest(pairs: Pairs) -> None:
+    source, destination = await opened(pairs), pairs(Notebook())
+    await note(source, 0, b"take me along")
+    with pytest.raises(RequestRefused):
+        await save_state(source.frontend)  # a ring runs
     for ring in source.rings:
         await source.frontend.stop_ring(ring)
     await destination.frontend.negotiate()
     await load_state(destination.frontend, await save_state(source.frontend))
     await destination.set_up(rings=2)
-    assert await typed(destination, 2) == [key("i", 1), key("i", 0)]
+    assert await noted(destination) == b"take me along"
 
 
-@pytest.mark.parametrize("state", [b"", b"short", struct.pack("<II", 9, 0), bytes(9)])
-async def test_no_state_of_such_a_keyboard_is_refused_and_changes_nothing(pairs: Pairs, state: bytes) -> None:
-    device = Keyboard("hi")
-    pair = pairs(device)
+async def test_more_than_a_note_is_refused_and_changes_nothing(pairs: Pairs) -> None:
+    pair = pairs(Notebook(b"mine"))
     await pair.frontend.negotiate()
-    before = await save_state(pair.frontend)
     with pytest.raises(RequestRefused):
-        await load_state(pair.frontend, state)
-    assert await save_state(pair.frontend) == before
-
-
-async def test_a_ring_that_runs_has_no_state_to_save(pairs: Pairs) -> None:
-    pair = pairs(Keyboard("hi"))
-    await pair.set_up(rings=2)
-    await light(pair)
-    with pytest.raises(RequestRefused):
-        await save_state(pair.frontend)
+        await load_state(pair.frontend, bytes(65537))
+    assert await save_state(pair.frontend) == b"mine"

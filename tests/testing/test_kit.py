@@ -160,7 +160,7 @@ def test_the_example_runs_as_its_author_runs_it(tmp_path: Path) -> None:
 
 
 def test_the_small_devices_run_as_their_author_runs_them(tmp_path: Path) -> None:
-    said = run_in(tmp_path, "echo.py", "keyboard.py", "rng.py", "test_devices.py")
+    said = run_in(tmp_path, "echo.py", "keyboard.py", "notebook.py", "rng.py", "test_devices.py")
     assert "passed" in said
     assert "skipped" not in said
 

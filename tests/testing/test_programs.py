@@ -13,7 +13,7 @@ import pytest
 from vhostuser.frontend import Frontend
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TYPES = {"ramdisk": "block", "rng": "rng", "keyboard": "input", "echo": "virtio-63"}
+TYPES = {"ramdisk": "block", "rng": "rng", "keyboard": "input", "notebook": "fs", "echo": "virtio-63"}
 
 
 def command(name: str, *arguments: str) -> list[str]:

@@ -31,6 +31,11 @@ def vhostuser_net(socket: Path, options: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-m", "vhostuser.tools.net", f"--socket-path={socket}", *options]
 
 
+def program(path: Path, socket: Path, options: Sequence[str]) -> list[str]:
+    """The command line of a device in a file of its own, run by this interpreter."""
+    return [sys.executable, "-P", str(path), f"--socket-path={socket}", *options]
+
+
 def storage_daemon(socket: Path, image: Path, options: Sequence[str] = ()) -> list[str]:
     """The command line of QEMU's own back-end; ``options`` are added to its export's."""
     export = f"vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={socket},writable=on"
@@ -57,18 +62,22 @@ class Port:
 
     socket: Path
     network: bool = True
+    model: str = ""
 
 
 class BackendProcess(Process):
     """A back-end that listens on ``socket``: an async context manager, entered when it listens.
 
-    network: it serves a network interface, else a disk.
+    network: it serves a network interface. model: it serves another device, that QEMU calls so. Else a disk.
     """
 
-    def __init__(self, name: str, command: Sequence[str], socket: Path, *, network: bool = False) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], socket: Path, *, network: bool = False, model: str = ""
+    ) -> None:
         super().__init__(name, command)
         self.socket = socket
         self.network = network
+        self.model = model
 
     async def __aenter__(self) -> BackendProcess:
         await super().__aenter__()

@@ -11,7 +11,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from vhostuser.tools.lab.backend import STATE_PREFIX, BackendProcess, CommandLine, Port, vhostuser_blk, vhostuser_net
+from vhostuser.tools.lab.backend import (
+    STATE_PREFIX,
+    BackendProcess,
+    CommandLine,
+    Port,
+    program,
+    vhostuser_blk,
+    vhostuser_net,
+)
 from vhostuser.tools.lab.guest import Guest
 from vhostuser.tools.lab.hugepages import hugepages
 from vhostuser.tools.lab.image import GuestImage
@@ -84,6 +92,15 @@ class Bench:
         await self._stack.enter_async_context(backend)
         return backend
 
+    async def device(self, path: Path, model: str, *options: str) -> BackendProcess:
+        """A new back-end for the device that QEMU calls ``model``, served by the Python program at ``path``."""
+        name = self._unique(path.stem)
+        socket = self.directory / f"{name}.sock"
+        backend = BackendProcess(name, program(path, socket, options), socket, model=model)
+        self._processes.append(backend)
+        await self._stack.enter_async_context(backend)
+        return backend
+
     def namespace(self, address: str) -> Namespace:
         """A new network namespace, whose interfaces that are made in it later may get ``address`` (with its prefix)."""
         return self._stack.enter_context(Namespace(f"vhu-{os.getpid()}-{self._unique('ns')}", address))
@@ -133,8 +150,9 @@ class Bench:
             self.directory,
             self.image,
             hardware,
-            [backend.socket for backend in backends if not backend.network],
+            [backend.socket for backend in backends if not backend.network and not backend.model],
             [backend.socket for backend in backends if backend.network],
+            [(backend.model, backend.socket) for backend in backends if backend.model],
             incoming=incoming,
             trace_events=EVENTS,
         )

@@ -27,6 +27,7 @@ MODULES = (
     "virtio_blk",
     *("failover", "net_failover", "virtio_net"),
     *("llc", "stp", "garp", "mrp", "8021q"),
+    *("virtio-rng", "virtio_input", "evdev", "fuse", "virtiofs"),
 )
 
 INIT = """\

@@ -71,8 +71,11 @@ class Hardware:
         """The size of guest memory, not a multiple of 256 KiB where that can be helped (``loses_writes``)."""
         return self.memory * 1024 + (0 if self.hugepages else 8)
 
-    def arguments(self, disks: Sequence[Path], networks: Sequence[Path] = ()) -> list[str]:
-        """The part of QEMU's command line that describes it, with one device for each back-end's socket."""
+    def arguments(
+        self, disks: Sequence[Path], networks: Sequence[Path] = (), others: Sequence[tuple[str, Path]] = ()
+    ) -> list[str]:
+        """The part of QEMU's command line that describes it, with one device for each back-end's socket; others:
+        (QEMU's name of the device, socket)."""
         backing = ",hugetlb=on,hugetlbsize=2M" if self.hugepages else ""
         growth = f",slots={self.dimms},maxmem=4G" if self.dimms else ""
         arguments = [
@@ -100,6 +103,9 @@ class Hardware:
                 "-device",
                 f"virtio-net-pci,id={name},netdev={name}-end,mac={mac(number)},vectors=0{several}{plain}{packed}",
             ]
+        for number, (model, socket) in enumerate(others):
+            arguments += ["-chardev", f"socket,id=other{number},path={socket}{again}"]
+            arguments += ["-device", f"{model},chardev=other{number}{packed}"]
         return arguments
 
 
@@ -132,6 +138,7 @@ class Machine:
         hardware: Hardware,
         disks: Sequence[Path],
         networks: Sequence[Path] = (),
+        others: Sequence[tuple[str, Path]] = (),
         *,
         incoming: bool = False,
         trace_events: Sequence[str] = (),
@@ -142,7 +149,7 @@ class Machine:
         self.events: Journal[Event] = Journal(f"{name}'s monitor")
         self._path: Callable[[str], Path] = lambda kind: directory / f"{name}.{kind}"
         self._qmp = QMPClient(name)
-        arguments = [*self._common(image), *hardware.arguments(disks, networks)]
+        arguments = [*self._common(image), *hardware.arguments(disks, networks, others)]
         for event in trace_events:
             arguments += ["-trace", event]
         if incoming:
