@@ -89,6 +89,11 @@ def _add_backend(parser: Parser) -> None:
         help="what the back-end is, default blk; generic: only what needs no requests",
     )  # fmt: skip
     parser.add_argument(
+        "--ring", type=number(0, 254), metavar="N",
+        help="with --device=generic: this ring returns every request that it is given, whatever is in it, so that"
+        " cases about rings are tried too",
+    )  # fmt: skip
+    parser.add_argument(
         "--frames-return", action="store_true",
         help="a network device's frames come back as they were sent; without this option one is sent to see",
     )  # fmt: skip
@@ -109,10 +114,16 @@ def _check_start(parser: Parser, options: argparse.Namespace) -> None:
         parser.error(f"--start: {error}")
 
 
+def _check_backend(parser: Parser, options: argparse.Namespace) -> None:
+    _check_start(parser, options)
+    if options.ring is not None and options.device is not Device.GENERIC:
+        parser.error(f"--ring is for --device=generic: which ring of a {options.device.value} device is tried is known")
+
+
 def _backend_bench(options: argparse.Namespace) -> BackendBench:
     path, start = options.socket_path, options.start or ""
     patience, quiet, loops = options.timeout, options.quiet_time, options.frames_return
-    return BackendBench(Settings(path, start, options.keep, options.device, patience, quiet, loops))
+    return BackendBench(Settings(path, start, options.keep, options.device, patience, quiet, loops, options.ring))
 
 
 def _add_frontend(parser: Parser) -> None:
@@ -278,6 +289,6 @@ def _write(options: argparse.Namespace, outcome: Report) -> None:
 
 
 SIDES = {
-    "backend": Side("back-end", backend_cases.CASES, _add_backend, _check_start, _backend_bench),
+    "backend": Side("back-end", backend_cases.CASES, _add_backend, _check_backend, _backend_bench),
     "frontend": Side("front-end", frontend_cases.CASES, _add_frontend, _check_start, _frontend_bench),
 }

@@ -35,7 +35,7 @@ class Device(Enum):
 class Need(Enum):
     """What a case may need beside features."""
 
-    RINGS = "a device whose requests this suite knows (--device)"
+    RINGS = "a device whose requests this suite knows (--device), or a ring that returns any (--ring)"
     BLK = "a block device (--device=blk)"
     WRITABLE = "a block device that may be written to"
     DISCARD = "a block device that offers DISCARD"
@@ -44,6 +44,7 @@ class Need(Enum):
     LOOP = "a network device whose frames come back as they were sent, such as vhostuser-net --end=loopback"
     TWO_PAIRS = "a network device with two queue pairs or more, all of which return their frames"
     TWO_RINGS = "a device with two rings or more"
+    BOTH_RINGS = "a device with two rings or more, whose requests this suite knows (--device)"
     NO_RING_255 = "a device with fewer than 256 rings"
     PROCESS = "a back-end that this suite may kill (--start)"
     USERFAULTFD = "a userfaultfd that handles kernel faults (root, or access to /dev/userfaultfd)"
@@ -55,7 +56,8 @@ class Settings:
 
     command: a template for ``command_of``; empty: it listens on ``path`` already. keep: go on with the same process
     after a case that passed. patience: for an answer. quiet: how long to look on where nothing may happen. loops: a
-    network device's frames come back; if it is not known that they do, that is tried.
+    network device's frames come back; if it is not known that they do, that is tried. ring: of a device that this suite
+    does not know, the ring that returns whatever it is given.
     """
 
     path: Path | None
@@ -65,6 +67,7 @@ class Settings:
     patience: float = 3.0
     quiet: float = 0.05
     loops: bool = False
+    ring: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,13 +141,15 @@ class BackendBench:
         device = self.settings.device
         match need:
             case Need.RINGS:
-                return device is not Device.GENERIC
+                return device is not Device.GENERIC or self.settings.ring is not None
             case Need.NET | Need.LOOP | Need.TWO_PAIRS:
                 return self._network_has(need)
             case Need.BLK | Need.WRITABLE | Need.DISCARD | Need.WRITE_ZEROES:
                 return self._disk_has(need)
             case Need.TWO_RINGS:
                 return self.survey.queues > 1
+            case Need.BOTH_RINGS:
+                return self.survey.queues > 1 and device is not Device.GENERIC
             case Need.NO_RING_255:
                 # What a network device tells are pairs.
                 return self.survey.queues * (2 if device is Device.NET else 1) < 256
@@ -173,7 +178,8 @@ class BackendBench:
         subject = self._kept.pop() if self._kept else self._subject()
         try:
             net = settings.device is Device.NET
-            peer = Peer(await subject.connect(), subject, settings.patience, settings.quiet, net=net)
+            frontend = await subject.connect()
+            peer = Peer(frontend, subject, settings.patience, settings.quiet, net=net, ring=settings.ring)
             try:
                 yield peer
             finally:

@@ -42,13 +42,14 @@ class Lane:
     """One ring with its requests. Owns the ring's eventfds.
 
     at: guest address of the requests. features: negotiated virtio features. frames: requests are frames to send, not
-    block requests. receives: the other ring of a pair, which stays empty and is started first. patience: seconds to
-    wait for what must come. quiet: seconds to look on where nothing may.
+    block requests. judged: it is looked at what came of block requests; else they have to come back and no more.
+    receives: the other ring of a pair, which stays empty and is started first. patience: seconds to wait for what must
+    come. quiet: seconds to look on where nothing may.
     """
 
     def __init__(
         self, frontend: Frontend, memory: SharedMemory, index: int, queue: DriverQueue, at: int, *,
-        frames: bool, receives: FrontendRing | None, patience: float, quiet: float,
+        frames: bool, receives: FrontendRing | None, patience: float, quiet: float, judged: bool = True,
     ) -> None:  # fmt: skip
         self.frontend = frontend
         self.memory = memory
@@ -65,6 +66,7 @@ class Lane:
         features = frontend.session.features
         self._sender = FrameSender(queue, at, features=features, slots=DEPTH) if frames else None
         self._disk = BlkDriver(queue, at, depth=DEPTH, largest=LARGEST)
+        self._judged = judged
         self._out = 0
         self._receives = receives
 
@@ -174,7 +176,7 @@ class Lane:
             return []
         answers = [answer for _, answer in self._disk.collect()]
         self._out -= len(answers)
-        return answers
+        return answers if self._judged else []
 
     async def answers(self, left: int = 0) -> list[BlkAnswer]:
         """Waits until no more than ``left`` requests are out; what came, in the order of the used ring. Looks at the

@@ -69,16 +69,19 @@ class Reaction(NamedTuple):
 class Peer:
     """One case's view of the back-end. Owns everything that it makes."""
 
-    def __init__(self, frontend: Frontend, subject: Subject, patience: float, quiet: float, *, net: bool) -> None:
+    def __init__(
+        self, frontend: Frontend, subject: Subject, patience: float, quiet: float, *, net: bool, ring: int | None = None
+    ) -> None:
         self.frontend = frontend
         self.subject = subject
         self.patience = patience
         self.quiet = quiet
-        self.index = 1 if net else 0
+        self.index = int(net) if ring is None else ring
         """The ring whose requests this suite knows."""
         self.packed = False
         """Are the rings of this case packed ones?"""
         self._net = net
+        self._judged = ring is None
         self._paired: tuple[Frontend, SharedMemory] | None = None
         self._owned = ExitStack()
         self._owned.callback(frontend.close)
@@ -174,7 +177,8 @@ class Peer:
         )  # fmt: skip
         lane = Lane(
             self.frontend, self.memory, index, queue, MIB + index * AREA if requests is None else requests,
-            frames=self._net, receives=self._receiver(index, at), patience=self.patience, quiet=self.quiet,
+            frames=self._net, judged=self._judged, receives=self._receiver(index, at), patience=self.patience,
+            quiet=self.quiet,
         )  # fmt: skip
         self._owned.callback(lane.close)
         return lane

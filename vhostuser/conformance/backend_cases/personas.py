@@ -278,9 +278,7 @@ async def _(peer: Peer) -> None:
     await Player(peer, QEMU_10).play()
 
 
-@CASES.must(
-    "dpdk", "It serves DPDK's virtio_user, by two rings in memory above 4 GiB.", BIT_30, Need.RINGS, Need.TWO_RINGS
-)
+@CASES.must("dpdk", "It serves DPDK's virtio_user, by two rings in memory above 4 GiB.", BIT_30, Need.BOTH_RINGS)
 async def _(peer: Peer) -> None:
     await Player(peer, DPDK).play()
 

@@ -139,7 +139,7 @@ async def _(peer: Peer) -> None:
     equal("the used index", fresh.raw.used_index, 1)
 
 
-@SETUP.must("two-rings", "Two rings work side by side, and the stop of one is not the other's.", RINGS, Need.TWO_RINGS)
+@SETUP.must("two-rings", "Two rings work side by side, and the stop of one is not the other's.", Need.BOTH_RINGS)
 async def _(peer: Peer) -> None:
     lane = await peer.lane()
     await lane.works()
