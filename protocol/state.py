@@ -47,11 +47,14 @@ class State:
     def ready(self) -> bool:
         """May rings be served at all? "The device MUST NOT consume buffers [...] before DRIVER_OK" (virtio 1.3, 2.1.2).
 
-        Without STATUS a back-end hears of no DRIVER_OK, and the first kick stands for it.
+        Without STATUS a back-end hears of no DRIVER_OK, and the first kick stands for it. So it does where FEATURES_OK
+        came without DRIVER, which no driver says: QEMU does, of its own, and for devices whose last ring it does not
+        know (vhost-user-rng and -fs of 7.2) says nothing more.
         """
         if not self.has(ProtocolFeature.STATUS):
             return True
-        return bool(self.status & DeviceStatus.DRIVER_OK) and not self.features_refused
+        of_driver = self.status & DeviceStatus.DRIVER or not self.status & DeviceStatus.FEATURES_OK
+        return not self.features_refused and not (of_driver and not self.status & DeviceStatus.DRIVER_OK)
 
     def missing(self, gate: Gate) -> str:
         """The feature that `gate` asks for and this connection lacks, in words; empty if the gate is open."""

@@ -37,6 +37,16 @@ def test_rings_may_be_served_from_driver_ok_on() -> None:
     assert not pair.back.ready
 
 
+def test_features_ok_of_the_front_end_s_own_is_all_that_it_may_say() -> None:
+    """QEMU 7.2 sets this one bit, and never DRIVER_OK for a device whose last ring it does not know."""
+    pair = connect()
+    assert not pair.back.ready
+    pair.call(F.SET_STATUS, U64(S.FEATURES_OK))
+    assert pair.back.ready
+    pair.call(F.SET_STATUS, U64(AGREED))
+    assert not pair.back.ready, "now a driver speaks"
+
+
 def test_without_the_feature_rings_are_always_ready() -> None:
     assert fresh(protocol_features=ALL_PROTOCOL & ~P.STATUS.mask).back.ready
 
