@@ -148,12 +148,17 @@ static int parse_table(vu_queue *queue, struct vu_slot *slot, const struct vu_de
     return code;
 }
 
-static int parse_one(vu_queue *queue, struct vu_slot *slot, const uint64_t words[2])
+static inline int parse_one(vu_queue *queue, struct vu_slot *slot, const uint64_t words[2])
 {
     struct vu_desc desc = describe(words);
-    slot->chain.head = (uint16_t)(words[1] >> 32); /* the buffer id is that of the last descriptor */
-    slot->chain.descriptors++;
     return desc.flags & VU_DESC_INDIRECT ? parse_table(queue, slot, &desc) : vu_slot_add(queue, slot, &desc);
+}
+
+/* The chain is there, with its last descriptor, whose buffer id is the chain's. */
+static void parsed(struct vu_slot *slot, const uint64_t last[2], uint32_t descriptors)
+{
+    slot->chain.head = (uint16_t)(last[1] >> 32);
+    slot->chain.descriptors = (uint16_t)descriptors;
 }
 
 static bool is_available(const vu_queue *queue, struct vu_place place)
@@ -165,18 +170,20 @@ static bool is_available(const vu_queue *queue, struct vu_place place)
 /* Parses the chain that begins at the next available place, which was seen to be available. */
 static int parse(vu_queue *queue, struct vu_slot *slot)
 {
-    struct vu_place place = queue->packed.next_avail;
+    uint32_t index = queue->packed.next_avail.index, free = queue->size - queue->packed.held, count = 0;
     uint64_t words[2];
     vu_slot_begin(slot, 0);
     do {
-        if (queue->packed.held + slot->chain.descriptors >= queue->size)
+        if (count++ == free)
             return VU_E_LOOP;
-        vu_table_load(queue->packed.ring, place.index, words);
+        vu_table_load(queue->packed.ring, index, words);
         int code = parse_one(queue, slot, words);
         if (code)
             return code;
-        place = vu_place_after(place, 1, queue->size);
+        if (++index == queue->size)
+            index = 0;
     } while (flags_of(words[1]) & VU_DESC_NEXT);
+    parsed(slot, words, count);
     return 0;
 }
 
@@ -198,9 +205,9 @@ static void hold(vu_queue *queue, struct vu_slot *slot, vu_chain **chain)
 static int parse_saved(vu_queue *queue, struct vu_slot *slot, const struct vu_taken *taken)
 {
     uint16_t entry = slot->entry = taken->head;
+    uint64_t words[2] = {0, 0};
     vu_slot_begin(slot, 0);
     for (uint16_t i = 0; i < taken->num; i++) {
-        uint64_t words[2];
         slot->last = entry;
         entry = vu_inflight_packed_load(&queue->inflight, entry, words);
         /* As in the ring: nothing follows a table, or a chain could have as many as it has entries. */
@@ -210,6 +217,7 @@ static int parse_saved(vu_queue *queue, struct vu_slot *slot, const struct vu_ta
         if (code)
             return code;
     }
+    parsed(slot, words, taken->num);
     return 0;
 }
 
@@ -302,6 +310,13 @@ static uint16_t used_flags(struct vu_place place, uint32_t length)
     return (uint16_t)((place.wrap ? VU_PACKED_AVAIL | VU_PACKED_USED : 0) | (length ? VU_DESC_WRITE : 0));
 }
 
+/* Release: data, entries and what the in-flight region needs to know first. */
+static int show(vu_queue *queue, uint32_t length, struct vu_place place)
+{
+    vu_store16_release(&queue->packed.ring[place.index].flags, used_flags(place, length));
+    return log_ring(queue, place.index);
+}
+
 /* All of a used descriptor but the flags. */
 static int write_entry(vu_queue *queue, const vu_chain *chain, uint32_t length, struct vu_place place)
 {
@@ -316,12 +331,16 @@ static int write_entry(vu_queue *queue, const vu_chain *chain, uint32_t length, 
     return 0;
 }
 
+/* The flags too but those of the first, which hide the others: the driver looks at a batch when it sees them. */
 static int write_entries(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count,
                          struct vu_place *end)
 {
     struct vu_place place = queue->packed.next_used;
     for (uint32_t i = 0; i < count; i++) {
-        int code = write_entry(queue, chains[i], vu_chain_told(chains[i], lengths, i), place);
+        uint32_t length = vu_chain_told(chains[i], lengths, i);
+        int code = write_entry(queue, chains[i], length, place);
+        if (!code && i)
+            code = show(queue, length, place);
         if (code && !atomic_load_explicit(&queue->broken, memory_order_relaxed))
             atomic_store_explicit(&queue->broken_head, place.index, memory_order_relaxed);
         if (code)
@@ -332,50 +351,30 @@ static int write_entries(vu_queue *queue, vu_chain *const *chains, const uint32_
     return 0;
 }
 
-/* Release: data, entries and what the in-flight region needs to know first. */
-static int show_one(vu_queue *queue, uint32_t length, struct vu_place place)
-{
-    vu_store16_release(&queue->packed.ring[place.index].flags, used_flags(place, length));
-    return log_ring(queue, place.index);
-}
-
-/* The first descriptor's flags are stored last: the driver looks at a batch when it sees them. */
-static int show(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
-{
-    struct vu_place first = queue->packed.next_used, place = first;
-    int code = 0;
-    for (uint32_t i = 1; i < count && !code; i++) {
-        place = vu_place_after(place, chains[i - 1]->descriptors, queue->size);
-        code = show_one(queue, vu_chain_told(chains[i], lengths, i), place);
-    }
-    return code ? code : show_one(queue, vu_chain_told(chains[0], lengths, 0), first);
-}
-
 static void settle(vu_queue *queue, vu_chain *const *chains, uint32_t count, struct vu_place end)
 {
-    for (uint32_t i = 0; i < count; i++) {
-        queue->packed.held -= chains[i]->descriptors;
-        queue->packed.moved += chains[i]->descriptors;
-        if (queue->inflight.packed)
+    uint32_t places = vu_place_distance(queue->packed.next_used, end, queue->size);
+    queue->packed.held -= places;
+    uint32_t moved = queue->packed.moved + places;
+    queue->packed.moved = moved < queue->size ? moved : queue->size;
+    if (queue->inflight.packed) {
+        for (uint32_t i = 0; i < count; i++)
             vu_inflight_packed_finish(&queue->inflight, (const struct vu_slot *)chains[i]);
-    }
-    if (queue->inflight.packed)
         vu_inflight_packed_seal(&queue->inflight, end);
-    if (queue->packed.moved > queue->size)
-        queue->packed.moved = queue->size;
+    }
     queue->packed.next_used = end;
     keep_base(queue);
 }
 
 static int push(vu_queue *queue, vu_chain *const *chains, const uint32_t *lengths, uint32_t count)
 {
-    struct vu_place end;
+    struct vu_place first = queue->packed.next_used, end;
     int code = write_entries(queue, chains, lengths, count, &end);
     if (code)
         return code;
     if (queue->inflight.packed)
         vu_inflight_packed_move(&queue->inflight, end);
-    code = show(queue, chains, lengths, count);
+    code = show(queue, vu_chain_told(chains[0], lengths, 0), first);
     if (!code)
         settle(queue, chains, count, end);
     return code;
