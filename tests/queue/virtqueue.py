@@ -185,7 +185,7 @@ class Virtqueue:
 
 
 class DriverSide(Protocol):
-    """Offers and takes back."""
+    """Offers, and takes back, so many at most if it can choose."""
 
     def offer(self, readable: list[Range], writable: list[Range]) -> int | None: ...
     def publish(self) -> bool: ...
@@ -233,7 +233,6 @@ class PlainDriver:
             self.ring = Ring(guest, kind.size, features=kind.features)
             self.driver = model.Driver(self.ring)
         self._tables = iter(range(TABLES, TABLES_END, 64))
-        self._left: list[Returned] = []
 
     def offer(self, readable: list[Range], writable: list[Range]) -> int | None:
         return self.driver.offer(readable, writable, next(self._tables) if self.kind.indirect else None)
@@ -242,9 +241,7 @@ class PlainDriver:
         return True
 
     def take(self, most: int) -> list[Returned]:
-        self._left += self.driver.take()
-        taken, self._left = self._left[:most], self._left[most:]
-        return taken
+        return self.driver.take()
 
     def parts(self) -> tuple[int, int, int]:
         if isinstance(self.ring, PackedRing):
