@@ -36,6 +36,7 @@ ALLOWED = {
     "arguments": {"protocol", "channel", "ring"},
     "ring_messages": {"protocol", "announcements", "backend_channel", "ring"},
     "ring_requests": {"protocol", "arguments", "lifecycle", "ring"},
+    "log_requests": {"protocol", "arguments", "lifecycle", "memory", "ring"},
     "device_requests": {"protocol", "arguments", "device", "lifecycle"},
     "hooks": {"protocol"},
     "shared_objects": {"protocol", "announcements", "hooks"},
@@ -44,7 +45,7 @@ ALLOWED = {
     "connection": RUNTIME
     | {"hook_requests", "hooks"}
     | {"announcements", "arguments", "lifecycle", "offer", "regions", "transfer", "watch"}
-    | {"ring_requests", "device_requests", "ring_messages"},
+    | {"ring_requests", "device_requests", "log_requests", "ring_messages"},
     "backend_channel": {"protocol", "channel"},
     "announcements": {"protocol", "channel", "backend_channel"},
     "transfer": {"protocol", "channel", "device"},

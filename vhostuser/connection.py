@@ -30,7 +30,8 @@ from vhostuser.device_requests import DeviceRequests
 from vhostuser.hook_requests import HookRequests
 from vhostuser.hooks import offered_by
 from vhostuser.lifecycle import Lifecycle
-from vhostuser.memory import DirtyLog, GuestMemory, Region
+from vhostuser.log_requests import LogRequests
+from vhostuser.memory import GuestMemory, Region
 from vhostuser.metrics import Sample
 from vhostuser.offer import TRANSPORT_FEATURES, protocol_features
 from vhostuser.postcopy import Postcopy
@@ -42,7 +43,6 @@ from vhostuser.protocol import (
     Empty,
     FrontendRequest,
     Inflight,
-    Log,
     MemoryRegion,
     MemoryTable,
     ProtocolFeature,
@@ -127,6 +127,7 @@ class Connection:
         self._sending = False
         device.announce += (self._announcements.config_changed,)
         self._of_rings = RingRequests(self._life, device.queue_size, self._kicked)
+        self._of_log = LogRequests(self._life)
         self._of_device = DeviceRequests(name, device, self._session, self._life)
         self._of_hooks = HookRequests(device, self._session, self._announcements, name)
         self._transfer = StateTransfer(device, lambda: self._session.suspended)
@@ -320,15 +321,6 @@ class Connection:
         async with self._life.halted():
             self._regions.adopt(memory, arrived, listening=self._listening)
 
-    async def _set_log_base(self, request: Request) -> Reply | None:
-        if not isinstance(request.payload, Log):
-            raise RequestRefused("a dirty log without a descriptor cannot be written: negotiate LOG_SHMFD")
-        area = request.payload
-        dirty_log = DirtyLog.map(fds_of(request)[0], area.size, area.offset)
-        async with self._life.halted():
-            self._life.dirty_log = dirty_log
-        return None
-
     # ---- in-flight tracking
 
     @property
@@ -444,6 +436,10 @@ def _by_rings(fulfil: Callable[[RingRequests, Request], Awaitable[Reply | None]]
     return lambda connection, request: fulfil(connection._of_rings, request)
 
 
+def _by_log(fulfil: Callable[[LogRequests, Request], Awaitable[Reply | None]]) -> _Handler:
+    return lambda connection, request: fulfil(connection._of_log, request)
+
+
 def _by_device(fulfil: Callable[[DeviceRequests, Request], Awaitable[Reply | None]]) -> _Handler:
     return lambda connection, request: fulfil(connection._of_device, request)
 
@@ -457,7 +453,8 @@ HANDLERS: dict[int, _Handler] = {
     FrontendRequest.SET_FEATURES: Connection._set_features,
     FrontendRequest.SET_PROTOCOL_FEATURES: Connection._set_protocol_features,
     FrontendRequest.SET_MEM_TABLE: Connection._set_mem_table,
-    FrontendRequest.SET_LOG_BASE: Connection._set_log_base,
+    FrontendRequest.SET_LOG_BASE: _by_log(LogRequests.set_log_base),
+    FrontendRequest.SET_LOG_FD: _by_log(LogRequests.set_log_fd),
     FrontendRequest.SET_VRING_NUM: _by_rings(RingRequests.set_vring_num),
     FrontendRequest.SET_VRING_ADDR: _by_rings(RingRequests.set_vring_addr),
     FrontendRequest.SET_VRING_BASE: _by_rings(RingRequests.set_vring_base),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
@@ -60,6 +61,8 @@ class Lifecycle:
         self._broke = broke
         self.rings = [Ring(index) for index in range(device.queues)]
         self.dirty_log: DirtyLog | None = None
+        self.log_event = -1
+        """An eventfd, ours, that is signalled when the log has changed."""
         self.inflight: InflightRegion | None = None
         self.data: DataThread | None = None
         self._device_active = False
@@ -120,6 +123,14 @@ class Lifecycle:
             yield
         self._changed.set()
 
+    def set_log(self, dirty_log: DirtyLog | None, event: int) -> None:
+        """What rings mark from here on, and an eventfd that hears of it, which becomes ours. Only while none runs."""
+        if event != self.log_event and self.log_event >= 0:
+            os.close(self.log_event)
+        self.dirty_log, self.log_event = dirty_log, event
+        if dirty_log is not None:
+            dirty_log.tell(event)
+
     async def stop_unwanted(self) -> None:
         """Returns when nothing runs that may not, nor a device without rings. At once if that is so already."""
         if (self._device_active and not self._any_wanted()) or any(map(self._runs_unwanted, self.rings)):
@@ -146,7 +157,8 @@ class Lifecycle:
             await self._stop_unwanted()
         for ring in self.rings:
             ring.close()
-        self.dirty_log = self.inflight = None
+        self.set_log(None, -1)
+        self.inflight = None
         if self.data is not None:
             await self._end_thread(self.data)
 

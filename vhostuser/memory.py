@@ -331,6 +331,13 @@ class DirtyLog:
             raise RequestRefused(f"dirty log of {size} bytes at offset {offset} of its file: {explain(error[0])}")
         return cls(ffi.gc(native, lib.vu_log_put), size)
 
+    def tell(self, fd: int) -> None:
+        """An eventfd that is signalled when marks were added, once for a batch of requests; -1: none is.
+
+        Only while no queue has the log. ``fd`` stays the caller's, and open for as long as one may have it.
+        """
+        lib.vu_log_set_event(self.native, fd)
+
     def take(self) -> list[tuple[int, int]]:
         """Takes every mark away; the (guest address, bytes) of each run of marked pages, lowest first.
 

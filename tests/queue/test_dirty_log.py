@@ -211,3 +211,33 @@ def test_a_used_ring_that_the_log_cannot_hold_is_refused(ring: Ring, log: Log, a
     assert caught.value.code == code
     ring.setup(log=COVERED - 38, log_used=True).open(ring.guest.memory, log=log.native).close()
     ring.setup(log=at, log_used=True).open(ring.guest.memory).close()
+
+
+def test_an_event_is_signalled_once_for_a_batch(guest: Guest, log: Log) -> None:
+    """SET_LOG_FD: the log has changed. Where nothing was marked nobody is told."""
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    log.native.tell(event)
+    ring = Ring(guest, 4)
+    for head in range(4):
+        ring.describe(head, 0x10000 + head * PAGE, 10, WRITE)
+    ring.offer(0, range(4))
+    queue = ring.open(log=log.native)
+    requests = queue.pop()
+    queue.flush()
+    assert signalled(event) == 0
+    for request in requests[:3]:
+        request.write(b"x")
+        request.complete()
+    queue.flush()
+    assert signalled(event) == 1
+    requests[3].complete()
+    queue.flush()
+    assert signalled(event) == 0
+    os.close(event)
+
+
+def signalled(event: int) -> int:
+    try:
+        return os.eventfd_read(event)
+    except BlockingIOError:
+        return 0

@@ -87,6 +87,9 @@ int vu_map_publish16(const vu_map *map, uint64_t guest, uint16_t value);
 vu_log *vu_log_map(int fd, uint64_t size, uint64_t offset, int *error);
 void vu_log_get(vu_log *log);
 void vu_log_put(vu_log *log);
+/* An eventfd that is signalled when the log has changed, at most once for each call of a queue's function, or -1. Only
+ * while no queue has the log; the caller keeps fd open for as long as one may. */
+void vu_log_set_event(vu_log *log, int fd);
 int vu_log_mark(vu_log *log, uint64_t guest, uint64_t length); /* atomic; pages outside of the log: VU_E_RANGE */
 
 typedef struct {

@@ -137,6 +137,8 @@ void vu_mapping_close(struct vu_mapping *mapping);
 
 /* vu_log_mark for those who are inside a guard that has the log's span. */
 int vu_log_set(vu_log *log, uint64_t guest, uint64_t length);
+/* Signals the log's event if it was marked since the last time. */
+void vu_log_tell(vu_log *log);
 /* 0, or why pages of this range could not be marked. */
 int vu_log_check(const vu_log *log, uint64_t guest, uint64_t length);
 struct vu_span vu_log_span(const vu_log *log);

@@ -14,7 +14,10 @@
 
 enum {
     STOP_CHECK_NS = 1000000,
-    POLLED_SLEEP_NS = 100000, /* between two looks at an idle ring that has no kick descriptor */
+    /* Between two looks at an idle ring that has no kick descriptor. */
+    POLLED_SLEEP_LEAST_NS = 50000,
+    POLLED_SLEEP_MOST_NS = 1000000,
+    POLLED_IDLE_PARTS = 8,
 };
 
 void vu_engine_begin(struct vu_engine *engine, vu_queue *queue, int kick, int stop, uint32_t poll_us)
@@ -56,6 +59,15 @@ bool vu_engine_polls(const struct vu_engine *engine)
     return true;
 }
 
+/* A part of the time for which nothing came: a request is late by little beside the pause before it, and a ring that nobody
+ * uses costs a thousand looks a second. */
+static struct timespec polled_sleep(const struct vu_engine *engine)
+{
+    uint64_t ns = (engine->now - engine->active) / POLLED_IDLE_PARTS;
+    ns = ns < POLLED_SLEEP_LEAST_NS ? POLLED_SLEEP_LEAST_NS : vu_least(ns, POLLED_SLEEP_MOST_NS);
+    return (struct timespec){.tv_nsec = (long)ns};
+}
+
 static int sleep_until_woken(struct vu_engine *engine, const struct vu_engine_wish *wish)
 {
     struct pollfd fds[5] = {
@@ -65,7 +77,7 @@ static int sleep_until_woken(struct vu_engine *engine, const struct vu_engine_wi
         wish->other[0],
         wish->other[1],
     };
-    struct timespec pause = {.tv_nsec = POLLED_SLEEP_NS};
+    struct timespec pause = polled_sleep(engine);
     bool polled = engine->kick < 0 && wish->kick;
 
     if (ppoll(fds, 5, polled ? &pause : NULL, NULL) < 0)

@@ -16,6 +16,8 @@ struct vu_log {
     _Atomic uint32_t references;
     uint64_t size; /* bytes */
     struct vu_mapping mapping;
+    int event;             /* told of changes, or -1 */
+    _Atomic bool untold; /* marked since that was signalled */
 };
 
 vu_log *vu_log_map(int fd, uint64_t size, uint64_t offset, int *error)
@@ -31,7 +33,9 @@ vu_log *vu_log_map(int fd, uint64_t size, uint64_t offset, int *error)
         return NULL;
     }
     atomic_init(&log->references, 1);
+    atomic_init(&log->untold, false);
     log->size = size;
+    log->event = -1;
     return log;
 }
 
@@ -46,6 +50,17 @@ void vu_log_put(vu_log *log)
         return;
     vu_mapping_close(&log->mapping);
     free(log);
+}
+
+void vu_log_set_event(vu_log *log, int fd)
+{
+    log->event = fd;
+}
+
+void vu_log_tell(vu_log *log)
+{
+    if (log->event >= 0 && atomic_exchange(&log->untold, false))
+        vu_event_signal(log->event);
 }
 
 struct vu_span vu_log_span(const vu_log *log)
@@ -75,6 +90,8 @@ int vu_log_set(vu_log *log, uint64_t guest, uint64_t length)
         __atomic_fetch_or(&log->mapping.at[page / 8], bits, __ATOMIC_SEQ_CST);
         page = end + 1;
     }
+    if (log->event >= 0)
+        atomic_store_explicit(&log->untold, true, memory_order_relaxed);
     return 0;
 }
 
@@ -130,5 +147,6 @@ int vu_log_mark(vu_log *log, uint64_t guest, uint64_t length)
     guard.extra[0] = log->mapping.span;
     int code = vu_log_set(log, guest, length);
     vu_guard_leave(&guard);
+    vu_log_tell(log);
     return code;
 }

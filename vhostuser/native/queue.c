@@ -259,6 +259,8 @@ static int refusal(const vu_queue *queue, enum phase phase)
 static int leave(vu_queue *queue, struct vu_guard *guard, enum phase phase, int code)
 {
     vu_guard_leave(guard);
+    if (queue->log)
+        vu_log_tell(queue->log);
     return code < 0 ? break_queue(queue, phase, code) : code;
 }
 

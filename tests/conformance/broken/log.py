@@ -11,6 +11,7 @@ from vhostuser import lifecycle
 from vhostuser._native import lib
 from vhostuser.connection import Connection
 from vhostuser.lifecycle import Lifecycle
+from vhostuser.memory import DirtyLog
 from vhostuser.protocol import BackendSession, Outgoing, RequestRefused, VirtioFeature
 from vhostuser.protocol.state import State
 from vhostuser.ring import Ring
@@ -19,6 +20,11 @@ from vhostuser.ring import Ring
 @fault("message.acknowledged.set-log-fd", "log.log-fd")
 def says_nothing_to_log_fd() -> None:
     answering(lambda _, request, answer: None if request.code is F.SET_LOG_FD else answer)
+
+
+@fault("log.log-fd-signalled")
+def tells_nobody_of_its_marks() -> None:
+    DirtyLog.tell = lambda log, fd: None  # type: ignore[method-assign]
 
 
 @fault("log.reply-bytes")

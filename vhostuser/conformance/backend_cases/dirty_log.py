@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 
+from vhostuser.channel import readable
 from vhostuser.conformance.bench import Need
 from vhostuser.conformance.lane import Lane
 from vhostuser.conformance.peer import Kind, Peer
-from vhostuser.conformance.suite import Theme, check, equal
+from vhostuser.conformance.suite import Skipped, Theme, check, equal
 from vhostuser.drivers.blk import SECTOR, BlkRequest
 from vhostuser.frontend import SharedLog
 from vhostuser.protocol import FrontendRequest, Log, ProtocolFeature, VirtioFeature
@@ -105,6 +106,21 @@ async def _(peer: Peer) -> None:
     await peer.negotiate()
     reaction = await peer.react(F.SET_LOG_FD, fds=(peer.eventfd(),))
     check(reaction.kind in (Kind.DONE, Kind.REFUSED), "an answer", str(reaction))
+
+
+@CASES.should(
+    "log-fd-signalled", "The descriptor of SET_LOG_FD is signalled when the log has changed.", SHMFD, ALL, ACK,
+    Need.RINGS, section=F.SET_LOG_FD.clause,
+)  # fmt: skip
+async def _(peer: Peer) -> None:
+    lane = await peer.lane(log_used=True)
+    event = peer.eventfd()
+    reaction = await peer.react(F.SET_LOG_FD, fds=(event,))
+    if reaction.kind is not Kind.DONE:
+        raise Skipped("SET_LOG_FD is refused")
+    await peer.frontend.start_log(peer.make_log())
+    await lane.works()
+    await asyncio.wait_for(readable(event), peer.patience)
 
 
 # ---- what is marked
