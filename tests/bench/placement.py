@@ -6,23 +6,37 @@ The same bytes are placed into a new memfd by a fault server with that many idle
 written into one by a C program that has nobody to wake (placement_floor.c). All take turns; the best round counts,
 since whatever else the machine does only ever adds. Only ratios mean anything elsewhere. Status 1 if one is worse than
 what the project promises.
+
+At last pages come from other processes that are slow, over one stream and over four.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.faultserver.conftest import PAGE, Process, SharedMemory  # noqa: E402
-from vhostuser.faultserver import FaultServer, FilePiece, MappedFile, Placement, WakePolicy  # noqa: E402
+from vhostuser.faultserver import (  # noqa: E402
+    Channels,
+    FaultServer,
+    FilePiece,
+    MappedFile,
+    Placement,
+    StreamSource,
+    WakePolicy,
+)
 from vhostuser.uffd import Mode  # noqa: E402
 
 CHUNK = 64 * PAGE
@@ -71,6 +85,62 @@ def place(source: MappedFile, size: int, clients: int, wake: WakePolicy, placeme
         memory.close()
 
 
+SLOW, SLOW_SIZE = 32 << 20, 16 << 20
+"""Bytes a second that one stream carries, and bytes that are brought."""
+
+
+def bring(paths: Sequence[Path], size: int, placement: Placement) -> float:
+    """Seconds in which streams to these sockets bring everything."""
+    memory = SharedMemory((0, size))
+    mode = BOTH if placement is Placement.CONTINUE else Mode.MISSING
+    process = Process(memory, mode)
+    channels = Channels(*(StreamSource(partial(connected, path)) for path in paths))
+    try:
+        with FaultServer(memory, channels, placement=placement) as server:
+            server.add_client("idle", process.uffd, process.regions, mode=mode)
+            start = time.perf_counter()
+            server.prefetch()
+            assert server.wait()
+            return time.perf_counter() - start
+    finally:
+        process.close()
+        memory.close()
+
+
+def connected(path: Path) -> socket.socket:
+    """To a process that serves pages."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(str(path))
+    return sock
+
+
+@contextmanager
+def servers(directory: Path, count: int, bandwidth: int) -> Iterator[list[Path]]:
+    """So many processes that serve pages, each on a socket of its own."""
+    paths = [directory / f"pages{number}" for number in range(count)]
+    command = [sys.executable, "-m", "tests.faultserver.source"]
+    with ExitStack() as stack:
+        for path in paths:
+            words = [*command, str(path), "0", str(bandwidth)]
+            process = stack.enter_context(subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE))
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield paths
+
+
+def streams(directory: Path, rounds: int) -> bool:
+    """One stream and four, to slow sources: how much sooner everything is there."""
+    good = True
+    with servers(directory, 4, SLOW) as paths:
+        for placement in (Placement.COPY, Placement.CONTINUE):
+            pairs = [[bring(some, SLOW_SIZE, placement) for some in (paths[:1], paths)] for _ in range(rounds)]
+            one, four = (min(column) for column in zip(*pairs, strict=True))
+            label = f"four streams / one, {SLOW >> 20} MiB/s each, {placement.name}"
+            good &= line(label, one / four, least=3.0)
+    return good
+
+
 def line(label: str, ratio: float, *, least: float | None = None, most: float | None = None) -> bool:
     """Prints a ratio; whether it is what it must be."""
     good = (least is None or ratio >= least) and (most is None or ratio <= most)
@@ -113,6 +183,7 @@ def main() -> int:
         program = Path(name) / "floor"
         subprocess.run(["gcc", "-O2", Path(__file__).with_name("placement_floor.c"), "-o", program], check=True)
         pwrite, times = measure(program, size, cases, options.rounds)
+        good = streams(Path(name), options.rounds)
     pages = size // PAGE
     print(f"{options.mib} MiB in pages of {PAGE} bytes, pages/s; pwrite: {pages / pwrite:,.0f}")
     print(f"  {'idle clients':14}" + "".join(f"{wake.name.lower():>12}" for wake in WakePolicy))
@@ -124,7 +195,6 @@ def main() -> int:
     def of(number: int, wake: WakePolicy) -> float:
         return times[number, wake, Placement.COPY]
 
-    good = True
     for number in numbers:
         good &= line(f"batch / pwrite, {number} clients", pwrite / of(number, WakePolicy.BATCH), least=0.85)
     good &= line(

@@ -1,5 +1,6 @@
 """The front-end's half of postcopy. What belongs here: the public names, each from its module."""
 
+from vhostuser.faultserver.channels import Channels, ChannelStats
 from vhostuser.faultserver.placement import Placement, Unsupported, WakePolicy
 from vhostuser.faultserver.server import FaultServer
 from vhostuser.faultserver.sources import (
@@ -22,6 +23,8 @@ from vhostuser.faultserver.stream import StreamSource, serve_pages
 __all__ = [
     "Ask",
     "CallableSource",
+    "ChannelStats",
+    "Channels",
     "Client",
     "ClientStats",
     "Event",

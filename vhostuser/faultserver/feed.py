@@ -109,19 +109,27 @@ class NativeFeed:
         os.eventfd_write(self.demands, 1)
         os.eventfd_write(self._work, 1)
 
-    def next(self, *, background: bool = True, most: int = 1 << 18) -> Ask | None:
+    def next(self, *, background: bool = True, most: int = 1 << 18, until: int = -1) -> Ask | None:
         fds = [self.demands, self._work] if background else [self.demands]
         waiting = select.poll()
-        for fd in fds:
+        for fd in fds if until < 0 else [*fds, until]:
             waiting.register(fd, select.POLLIN)
         while not self._ended:
             if (ask := self._look(background, most)) is not None:
                 return ask
-            ready = waiting.poll()
-            for fd, _ in ready:
+            ready = [fd for fd, _ in waiting.poll()]
+            if until in ready:
+                break
+            for fd in ready:
                 _consume(fd)
-        self.look_again()  # this thread may have consumed what should tell the others of the end
+        self.look_again()  # this thread may have consumed what should tell the others of the end, or of something to do
         return None
+
+    def ask_again(self) -> None:
+        if not self.paused:  # else it is done when that ends
+            self._background.restart()
+            lib.vu_faults_ask_again(self.native)
+            self.look_again()
 
     def _look(self, background: bool, most: int) -> Ask | None:
         if self.paused:

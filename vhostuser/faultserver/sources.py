@@ -40,13 +40,16 @@ class Ask(NamedTuple):
 class Feed(Protocol):
     """What a source knows of the server. Any of its threads may call any method."""
 
-    def next(self, *, background: bool = True, most: int = 1 << 18) -> Ask | None:
-        """What to bring next, waiting for it; None when the source has to end.
+    def next(self, *, background: bool = True, most: int = 1 << 18, until: int = -1) -> Ask | None:
+        """What to bring next, waiting for it; None when the source has to end, or the descriptor ``until`` is readable.
 
         background: also what nobody waits for, at most ``most`` bytes of it at a time and always whole pages. What is
         demanded is one page. Each thing is named once, until the source was lost; a page that somebody begins to wait
         for after it was named as background is named again.
         """
+
+    def ask_again(self) -> None:
+        """Names everything that is missing once more, to whoever asks: part of a source was lost, and others go on."""
 
     @property
     def ended(self) -> bool:

@@ -504,6 +504,8 @@ int vu_faults_serve(vu_faults *server);
 void vu_faults_stop(vu_faults *server);
 void vu_faults_pause(vu_faults *server, int on); /* paused: faults are recorded, nothing is placed from the mapped
  * source */
+/* Whatever somebody waits for is wanted again, also what was asked for already. */
+void vu_faults_ask_again(vu_faults *server);
 /* Places what is missing in the range from the mapped source: pages placed, or VU_E_; less than all when paused. */
 int64_t vu_faults_fill(vu_faults *server, uint64_t guest, uint64_t length);
 /* Places `data` (NULL: zeros) where pages are missing, for any source: pages placed, or VU_E_. */

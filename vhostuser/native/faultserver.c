@@ -271,14 +271,19 @@ void vu_faults_stop(vu_faults *server)
     eventfd_write(server->config.control, 1);
 }
 
+void vu_faults_ask_again(vu_faults *server)
+{
+    vu_pages_ask_again(server->pages);
+    vu_fault_ask(server);
+}
+
 void vu_faults_pause(vu_faults *server, int on)
 {
     atomic_store(&server->paused, on != 0);
     if (on)
         return;
     atomic_store(&server->error, 0);
-    vu_pages_ask_again(server->pages);
-    vu_fault_ask(server);
+    vu_faults_ask_again(server);
 }
 
 void vu_faults_stats(vu_faults *server, struct vu_server_stats *stats)
