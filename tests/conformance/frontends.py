@@ -18,7 +18,15 @@ from typing import Any
 from vhostuser.channel import Fds
 from vhostuser.conformance.caller import Launch, Running
 from vhostuser.driverqueue import DriverQueue
-from vhostuser.frontend import Frontend, FrontendRing, InflightBuffer, SharedLog, SharedMemory
+from vhostuser.frontend import (
+    BackendServices,
+    Frontend,
+    FrontendRing,
+    InflightBuffer,
+    ObjectRegistry,
+    SharedLog,
+    SharedMemory,
+)
 from vhostuser.protocol import (
     FRONTEND,
     VERSION,
@@ -233,8 +241,15 @@ class Life:
         await self.talk.set_owner()
 
     async def channel(self) -> None:
-        if self.has(P.BACKEND_REQ):
-            await self.talk.serve_backend()
+        if not self.has(P.BACKEND_REQ):
+            return
+        sizes = await self.talk.get_shmem_config() if self.has(P.SHMEM) else ()
+        self.talk.services = self.services(sizes)
+        await self.talk.serve_backend(self.talk.services)
+
+    def services(self, sizes: Sequence[int]) -> BackendServices:
+        """What it does because its back-end asks for it."""
+        return BackendServices(sizes, ObjectRegistry(), self.talk)
 
     async def read_config(self) -> None:
         if self.has(P.CONFIG):

@@ -39,6 +39,11 @@ class Offer:
     slots: int = 32
     config: bytes = b""
 
+    def also(self, *features: ProtocolFeature) -> Offer:
+        """The same with these, which the suite's back-end can play where a case wants it to."""
+        names = " and ".join(feature.name for feature in features)
+        return replace(self, name=f"{names} offered", protocol=self.protocol | sum(each.mask for each in features))
+
     def without(self, name: str, *features: ProtocolFeature | VirtioFeature) -> Offer:
         """The same without these."""
         protocol = sum(feature.mask for feature in features if isinstance(feature, ProtocolFeature))

@@ -24,6 +24,7 @@ from vhostuser.conformance.transcript import Given, Heard, Transcript
 from vhostuser.protocol import (
     FRONTEND,
     REPLY,
+    SHMEM_REGIONS,
     U64,
     VERSION,
     Config,
@@ -33,12 +34,16 @@ from vhostuser.protocol import (
     Payload,
     ProtocolFeature,
     RemoteProtocolError,
+    ShmemConfig,
     VringState,
 )
 from vhostuser.protocol.witness import LARGEST_BODY, Side, Wire, Witness
 from vhostuser.raw import RawMessage, receive_message
 
 F, P = FrontendRequest, ProtocolFeature
+
+SHMEM_SIZE = 1 << 20
+"""Bytes of the one shared memory region that the device has where SHMEM is offered: number 1."""
 
 _INFLIGHT = 64 << 10
 
@@ -205,10 +210,11 @@ class StandIn:
         """Is there an answer to come? Also for what no session would take, as long as it can be understood."""
         row = FRONTEND.get(heard.code)
         if heard.code == F.SET_LOG_BASE:
-            return self._agreed(P.LOG_SHMFD) or heard.message.header.need_reply
-        return bool(row and row.reply) or (heard.message.header.need_reply and self._agreed(P.REPLY_ACK))
+            return self.agreed(P.LOG_SHMFD) or heard.message.header.need_reply
+        return bool(row and row.reply) or (heard.message.header.need_reply and self.agreed(P.REPLY_ACK))
 
-    def _agreed(self, feature: ProtocolFeature) -> bool:
+    def agreed(self, feature: ProtocolFeature) -> bool:
+        """Has the front-end taken this feature?"""
         return bool(self._protocol & feature.mask)
 
     def _answer(self, heard: Heard) -> Answer:
@@ -228,6 +234,8 @@ class StandIn:
                 return Answer(Config(offset, size, 0, offer.config[offset : offset + size].ljust(size, b"\0")))
             case F.GET_INFLIGHT_FD, Inflight(_, _, queues, entries):
                 return Answer(Inflight(_INFLIGHT, 0, queues, entries), _buffer())
+            case F.GET_SHMEM_CONFIG, _:
+                return Answer(ShmemConfig(1, (0, SHMEM_SIZE, *[0] * (SHMEM_REGIONS - 2))))
         return Answer(U64(numbers.get(F(heard.code), 0) if heard.code in FRONTEND else 0))
 
 

@@ -41,6 +41,7 @@ DRIVABLE_PROTOCOL = ~(
     ProtocolFeature.INBAND_NOTIFICATIONS.mask
     | ProtocolFeature.STATUS.mask  # for those who say driver_ok when their rings are set up
     | ProtocolFeature.XEN_MMAP.mask
+    | ProtocolFeature.GPA_ADDRESSES.mask  # a back-end of before specification 10.0 may mean SHMEM by it
     | ProtocolFeature.GET_VRING_BASE_INFLIGHT.mask
 )
 """All protocol features but those under which ``Frontend.start_ring``, ``stop_ring`` or memory messages would mean

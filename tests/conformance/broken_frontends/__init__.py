@@ -6,7 +6,7 @@ thing changed, and right in everything else; it says which cases must fail.
 
 from __future__ import annotations
 
-from tests.conformance.broken_frontends import answers, channel, device, memory, messages, rings
+from tests.conformance.broken_frontends import answers, channel, device, memory, messages, rings, services
 from tests.conformance.broken_frontends.faults import FAULTS
 
-__all__ = ["FAULTS", "answers", "channel", "device", "memory", "messages", "rings"]
+__all__ = ["FAULTS", "answers", "channel", "device", "memory", "messages", "rings", "services"]

@@ -15,6 +15,7 @@ from vhostuser.conformance.frontend_cases import (
     memory,
     negotiation,
     rings,
+    services,
 )
 from vhostuser.conformance.stage import FrontendBench
 from vhostuser.conformance.suite import Case
@@ -42,6 +43,9 @@ _THEMES = (
     answers.CASES,
     answers.REFUSED,
     channel.CASES,
+    services.NOTIFIER,
+    services.SHMEM,
+    services.OBJECTS,
     deaths.CASES,
 )
 

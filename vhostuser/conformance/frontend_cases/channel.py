@@ -15,7 +15,18 @@ from vhostuser.conformance.frontend_cases.rules import Rules
 from vhostuser.conformance.stage import FrontendBench, Play
 from vhostuser.conformance.standin import pack
 from vhostuser.conformance.suite import Skipped, Violation, check
-from vhostuser.protocol import NEED_REPLY, REPLY, U64, VERSION, BackendRequest, Empty, FrontendRequest, Uuid, VringArea
+from vhostuser.protocol import (
+    NEED_REPLY,
+    REPLY,
+    U64,
+    VERSION,
+    BackendRequest,
+    Empty,
+    FrontendRequest,
+    ProtocolFeature,
+    Uuid,
+    VringArea,
+)
 from vhostuser.raw import RawMessage, receive_message
 
 B, F = BackendRequest, FrontendRequest
@@ -83,19 +94,24 @@ class Line:
 
 
 def case(
-    name: str, rule: str, *, should: bool = False, section: str = ""
+    name: str, rule: str, *needs: ProtocolFeature, should: bool = False, section: str = "", rules: Rules = CASES
 ) -> Callable[[Callable[[Line], Awaitable[None]]], Callable[[Line], Awaitable[None]]]:
-    """Declares the function under it as a case on an open channel; that the front-end survives belongs to each."""
+    """Declares the function under it as a case on an open channel; that the front-end survives belongs to each.
+
+    needs: what is offered beside the usual, and must be taken.
+    """
 
     def add(run: Callable[[Line], Awaitable[None]]) -> Callable[[Line], Awaitable[None]]:
         async def on_channel(bench: FrontendBench) -> None:
             settings = bench.settings
-            async with bench.play(settings.offer) as play:
+            async with bench.play(settings.offer.also(*needs) if needs else settings.offer) as play:
                 await play.until(lambda: bool(play.talks) or play.over, play.caller.starting)
                 await play.settled(bench.extent, settings.quiet, settings.patience)
                 talk = play.talks[-1] if play.talks else None
                 if talk is None or talk.backend_socket is None:
                     raise Skipped("it gives the back-end no channel this time")
+                if lacking := [feature.name for feature in needs if not talk.agreed(feature)]:
+                    raise Skipped(f"it does not take {lacking[0]}")
                 line = Line(talk.backend_socket.dup(), play, settings.patience, settings.quiet)
                 try:
                     await run(line)
@@ -103,14 +119,15 @@ def case(
                 finally:
                     line.end()
 
-        declare = CASES.should if should else CASES.must
+        declare = rules.should if should else rules.must
         declare(name, rule, F.SET_BACKEND_REQ_FD, section=section)(on_channel)
         return run
 
     return add
 
 
-async def _said(line: Line) -> RawMessage:
+async def said(line: Line) -> RawMessage:
+    """The answer that must come."""
     try:
         message = await line.answer()
     except TimeoutError:
@@ -130,28 +147,28 @@ def _heard(line: Line, code: FrontendRequest) -> int:
 @case("answered", "A request that asks for an answer has one.", section="VHOST_USER_PROTOCOL_F_REPLY_ACK")
 async def answered(line: Line) -> None:
     await line.send(B.CONFIG_CHANGE_MSG)
-    await _said(line)
+    await said(line)
 
 
 @case("answer-flags", "An answer has the version and the flag of a reply, and nothing else.",
       section="Message Specification, Header")  # fmt: skip
 async def answer_flags(line: Line) -> None:
     await line.send(B.CONFIG_CHANGE_MSG)
-    flags = (await _said(line)).header.flags
+    flags = (await said(line)).header.flags
     check(flags == VERSION | REPLY, "flags 0x5", f"flags {flags:#x}")
 
 
 @case("answer-size", "An answer is a u64.", section="VHOST_USER_PROTOCOL_F_REPLY_ACK")
 async def answer_size(line: Line) -> None:
     await line.send(B.CONFIG_CHANGE_MSG)
-    body = (await _said(line)).body
+    body = (await said(line)).body
     check(len(body) == 8, "8 bytes", f"{len(body)} bytes")
 
 
 @case("answer-id", "An answer has the id of its request.", section="Message Specification, Header")
 async def answer_id(line: Line) -> None:
     await line.send(B.CONFIG_CHANGE_MSG)
-    request = (await _said(line)).header.request
+    request = (await said(line)).header.request
     check(request == B.CONFIG_CHANGE_MSG, f"an answer to request {int(B.CONFIG_CHANGE_MSG)}", f"to request {request}")
 
 
@@ -170,7 +187,7 @@ async def order(line: Line) -> None:
     for _ in range(3):
         await line.send(B.CONFIG_CHANGE_MSG)
     for _ in range(3):
-        await _said(line)
+        await said(line)
 
 
 @case("config-change", "When its configuration space has changed, it is read again.", should=True,
@@ -187,7 +204,8 @@ async def config_change(line: Line) -> None:
 # ---- what is wrong
 
 
-async def _not_done(line: Line, code: int, body: bytes = b"", *fds: int, flags: int = _ASK) -> None:
+async def not_done(line: Line, code: int, body: bytes = b"", *fds: int, flags: int = _ASK) -> None:
+    """The request must not be taken for done."""
     await line.send(code, body, *fds, flags=flags)
     reaction = await line.reaction()
     check(reaction in ("refused", "closed"), "a refusal, or the channel closed", f"it was {reaction}")
@@ -195,35 +213,35 @@ async def _not_done(line: Line, code: int, body: bytes = b"", *fds: int, flags: 
 
 @case("unknown", "A request that does not exist is not taken for done.")
 async def unknown(line: Line) -> None:
-    await _not_done(line, _UNKNOWN)
+    await not_done(line, _UNKNOWN)
 
 
 @case("ungated", "A request whose feature was not negotiated is not taken for done.", should=True,
       section="VHOST_USER_BACKEND_SHARED_OBJECT_ADD")  # fmt: skip
 async def ungated(line: Line) -> None:
-    await _not_done(line, B.SHARED_OBJECT_ADD, Uuid(bytes(15) + b"\1").pack())
+    await not_done(line, B.SHARED_OBJECT_ADD, Uuid(bytes(15) + b"\1").pack())
 
 
 @case("no-descriptor", "A part of a queue's page without its descriptor is not taken for done.",
       section="VHOST_USER_BACKEND_VRING_HOST_NOTIFIER_MSG")  # fmt: skip
 async def no_descriptor(line: Line) -> None:
-    await _not_done(line, B.VRING_HOST_NOTIFIER_MSG, VringArea(0, 4096, 0).pack())
+    await not_done(line, B.VRING_HOST_NOTIFIER_MSG, VringArea(0, 4096, 0).pack())
 
 
 @case("no-such-ring", "A request about a ring that does not exist is not taken for done.",
       section="VHOST_USER_BACKEND_VRING_HOST_NOTIFIER_MSG")  # fmt: skip
 async def no_such_ring(line: Line) -> None:
-    await _not_done(line, B.VRING_HOST_NOTIFIER_MSG, VringArea(200, 0, 0, has_fd=False).pack())
+    await not_done(line, B.VRING_HOST_NOTIFIER_MSG, VringArea(200, 0, 0, has_fd=False).pack())
 
 
 @case("short", "A request that is too short is not taken for done.", should=True)
 async def short(line: Line) -> None:
-    await _not_done(line, B.VRING_HOST_NOTIFIER_MSG, VringArea(0, 0, 0, has_fd=False).pack()[:8])
+    await not_done(line, B.VRING_HOST_NOTIFIER_MSG, VringArea(0, 0, 0, has_fd=False).pack()[:8])
 
 
 @case("long", "A request that is too long is not taken for done.", should=True)
 async def long(line: Line) -> None:
-    await _not_done(line, B.CONFIG_CHANGE_MSG, bytes(8))
+    await not_done(line, B.CONFIG_CHANGE_MSG, bytes(8))
 
 
 @case("huge", "A request of 1 MiB is not taken for done, and does no harm.")
