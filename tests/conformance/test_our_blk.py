@@ -15,7 +15,7 @@ TOOL = [sys.executable, "-m", "vhostuser.tools.main", "conform", "backend"]
 
 NOT_OFFERED = (
     *("RARP", "MTU", "NET_F_MTU", "CROSS_ENDIAN", "CRYPTO_SESSION"),
-    *("SHARED_OBJECT", "DEVICE_STATE", "SHMEM", "ACCESS_PLATFORM"),
+    *("SHARED_OBJECT", "DEVICE_STATE", "SHMEM", "ACCESS_PLATFORM", "HOST_NOTIFIER", "GPA_ADDRESSES"),
 )
 
 

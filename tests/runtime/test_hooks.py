@@ -15,7 +15,7 @@ from tests.protocol import samples
 from tests.runtime.echo import Echo, answer, ask, quiet
 from tests.runtime.gadget import PAGE, Gadget, memfd
 from vhostuser import announcements, hook_requests, shared_memory, shared_objects
-from vhostuser.frontend import BackendRequests, BackendServices, ObjectRegistry, SharedMemory
+from vhostuser.frontend import DRIVABLE_PROTOCOL, BackendRequests, BackendServices, ObjectRegistry, SharedMemory
 from vhostuser.hooks import offered_by
 from vhostuser.memory import MemoryLost
 from vhostuser.protocol import (
@@ -145,7 +145,7 @@ async def test_a_front_end_that_maps_no_page_goes_on_with_kicks(
 async def test_no_page_is_offered_where_that_was_not_negotiated(pairs: Callable[..., Pair], without: P) -> None:
     device = Gadget()
     pair = pairs(device)
-    await pair.frontend.negotiate(protocol_features=~without.mask)
+    await pair.frontend.negotiate(protocol_features=DRIVABLE_PROTOCOL & ~without.mask)
     await pair.frontend.set_vring_enable(0, True)
     await pair.frontend.set_vring_kick(0, None)
     await quiet(pair)
@@ -537,13 +537,25 @@ async def test_a_device_without_a_display_refuses_one(no_leaks: None, pairs: Cal
 # ---- addresses
 
 
-async def test_ring_addresses_are_guest_addresses_where_that_was_negotiated(gadget: Gadgets) -> None:
-    """The gadget's rings run so already: SET_VRING_ADDR names guest addresses, and user addresses may be anything."""
-    (connection,) = gadget.pair.backend.connections
-    assert connection._session.has(P.GPA_ADDRESSES)
-    address = connection.rings[0].address
+GPA = DRIVABLE_PROTOCOL | P.GPA_ADDRESSES.mask
+
+
+async def test_ring_addresses_are_guest_addresses_where_that_was_negotiated(
+    no_leaks: None, pairs: Callable[..., Pair]
+) -> None:
+    device = Gadget()
+    pair = pairs(device)
+    await pair.frontend.negotiate(protocol_features=GPA)
+    pair.memory = SharedMemory((0, 4 << 20))
+    await pair.frontend.set_memory(pair.memory)
+    ring = pair.add_ring(0)
+    await pair.frontend.start_ring(ring, pair.memory)
+    address = pair.backend.connections[0].rings[0].address
     assert address is not None
-    assert address.desc == gadget.pair.rings[0].queue.desc
+    assert address.desc == ring.queue.desc
+    await ask(pair, b"abc")
+    assert await answer(pair) == b"ABC"
+    device.close()
 
 
 @pytest.mark.parametrize("by_slots", [False, True])
@@ -551,7 +563,7 @@ async def test_user_addresses_mean_nothing_then(no_leaks: None, pairs: Callable[
     """Two regions at user address 0, one of which is removed again."""
     device = Gadget()
     pair = pairs(device)
-    await pair.frontend.negotiate()
+    await pair.frontend.negotiate(protocol_features=GPA)
     with SharedMemory((0, 1 << 20), (1 << 32, 1 << 20)) as memory:
         told = [replace(region.describe(), user=0) for region in memory.regions]
         if by_slots:

@@ -12,6 +12,7 @@ from tests.conformance.broken import (  # noqa: F401  (each adds its faults to t
     dirty_pages,
     everything,
     framing,
+    hooks,
     hostile,
     in_flight,
     inband,

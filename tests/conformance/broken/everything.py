@@ -5,32 +5,27 @@ What belongs here: what our disk leaves to others, done in the plainest way that
 
 from __future__ import annotations
 
+import mmap
 import os
+import socket
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from tests.conformance.broken.registry import FAULTS, F, Fault
 from vhostuser import connection
 from vhostuser.connection import HANDLERS, Connection
 from vhostuser.device import Device
-from vhostuser.protocol import (
-    FRONTEND,
-    CryptoSession,
-    Empty,
-    ProtocolFeature,
-    Reply,
-    Request,
-    RequestRefused,
-    ShmemConfig,
-    VirtioFeature,
-)
+from vhostuser.devices.blk import Blk
+from vhostuser.hooks import CryptoSessions, GpuSocket, HostNotifiers, NotifierArea
+from vhostuser.protocol import FRONTEND, ProtocolFeature, Request, RequestRefused, VirtioFeature
+from vhostuser.shared_memory import SharedMemoryRegions
+from vhostuser.shared_objects import SharedObjects
+from vhostuser.tools import disk
 
 P, V = ProtocolFeature, VirtioFeature
 
-OFFERED = (
-    *(P.RARP, P.MTU, P.CROSS_ENDIAN, P.CRYPTO_SESSION),
-    *(P.SHARED_OBJECT, P.DEVICE_STATE, P.SHMEM),
-)
+OFFERED = (P.RARP, P.MTU, P.CROSS_ENDIAN, P.DEVICE_STATE, P.GPA_ADDRESSES)
 STATE = b"the state of a disk: nothing"
 
 
@@ -45,23 +40,31 @@ def offer_everything() -> None:
     HANDLERS.update(_ANSWERS)
     Device.save_state = lambda _: STATE  # type: ignore[method-assign]
     Device.load_state = _load_state  # type: ignore[method-assign]
+    disk.Blk = Everything  # type: ignore[misc]
 
 
 async def _done(_: Connection, __: Request) -> None:
     """There is nothing to do."""
 
 
-async def _create_crypto_session(_: Connection, request: Request) -> Reply:
-    assert isinstance(request.payload, CryptoSession)
-    return Reply(replace(request.payload, session_id=1))
+class Everything(SharedMemoryRegions, SharedObjects, HostNotifiers, CryptoSessions, GpuSocket, Blk):
+    """A disk with every hook: a notify page for each ring, a region of shared memory, sessions that do nothing."""
 
+    shmem_sizes = MappingProxyType({1: 1 << 20})
+    sessions = 0
 
-async def _get_shared_object(_: Connection, __: Request) -> Reply:
-    return Reply(Empty(), fds=(os.memfd_create("object", os.MFD_CLOEXEC),))
+    def host_notifier(self, index: int) -> NotifierArea | None:
+        if not hasattr(self, "pages"):
+            self.pages = os.memfd_create("pages", os.MFD_CLOEXEC)
+            os.truncate(self.pages, 256 * mmap.PAGESIZE)
+        return NotifierArea(self.pages, index * mmap.PAGESIZE, mmap.PAGESIZE)
 
+    def create_crypto_session(self, op_code: int, parameters: bytes) -> int:
+        self.sessions += 1
+        return self.sessions
 
-async def _get_shmem_config(_: Connection, __: Request) -> Reply:
-    return Reply(ShmemConfig(0, (0,) * 256))
+    def gpu_socket(self, sock: socket.socket) -> None:
+        sock.close()
 
 
 def _load_state(_: Device, state: bytes) -> None:
@@ -72,9 +75,6 @@ def _load_state(_: Device, state: bytes) -> None:
 _ANSWERS: dict[int, Any] = {
     F.SEND_RARP: _done,
     F.NET_SET_MTU: _done,
-    F.CREATE_CRYPTO_SESSION: _create_crypto_session,
-    F.GET_SHARED_OBJECT: _get_shared_object,
-    F.GET_SHMEM_CONFIG: _get_shmem_config,
 }
 
 FAULTS["offers_everything"] = Fault(offer_everything, ())

@@ -234,8 +234,8 @@ def _add_acknowledged(row: Row) -> None:
     async def _(peer: Peer) -> None:
         message = await _legal(row, peer, await _ready(peer, row))
         reaction = await peer.react(row.code, message.payload, message.fds)
-        # Three that a back-end need not serve: their ack may be no.
-        optional = row.code in (F.SET_LOG_FD, F.SET_CONFIG, F.GPU_SET_SOCKET)
+        # Those that a back-end need not serve, or that are about what is not there: their ack may be no.
+        optional = row.code in (F.SET_LOG_FD, F.SET_CONFIG, F.GPU_SET_SOCKET, F.CLOSE_CRYPTO_SESSION)
         body = reaction.body if optional else U64(0).pack()
         equal("flags and payload of the answer", (reaction.flags, reaction.body), (VERSION | REPLY, body))
         check(len(reaction.body) == 8, "a u64", str(reaction))
