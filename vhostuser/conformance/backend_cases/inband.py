@@ -22,7 +22,8 @@ KICK, CALL, ERR = "VHOST_USER_SET_VRING_KICK", "VHOST_USER_SET_VRING_CALL", "VHO
 
 async def _ring(peer: Peer) -> Lane:
     """A ring that was given no descriptors."""
-    await peer.negotiate(also=(P.INBAND_NOTIFICATIONS,))
+    # Notify pages are told on the same channel.
+    await peer.negotiate(also=(P.INBAND_NOTIFICATIONS,), without=(P.HOST_NOTIFIER,))
     await peer.share()
     lane = peer.make_lane()
     await lane.start(in_band=True)
