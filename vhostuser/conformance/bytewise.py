@@ -68,8 +68,9 @@ class Bytewise(ABC):
         """Says that the driver needs no calls."""
 
     @abstractmethod
-    def want_call(self, *, late: bool = False) -> None:
-        """With EVENT_IDX: asks for a call with the next chain that is returned, or as late as can be said."""
+    def want_call(self, after: int = 0, *, late: bool = False) -> None:
+        """With EVENT_IDX: asks for a call with the next chain that is returned, with that behind so many of one
+        descriptor, or as late as can be said."""
 
     @abstractmethod
     def is_kick_wanted(self) -> bool:
@@ -126,8 +127,8 @@ class SplitBytes(Bytewise):
     def want_no_calls(self) -> None:
         self._raw.available_flags = 1
 
-    def want_call(self, *, late: bool = False) -> None:
-        self._raw.used_event = self._raw.used_index + _FAR * late
+    def want_call(self, after: int = 0, *, late: bool = False) -> None:
+        self._raw.used_event = self._raw.used_index + (_FAR if late else after)
 
     def is_kick_wanted(self) -> bool:
         return self._raw.available_event == self._raw.available_index
@@ -299,8 +300,8 @@ class PackedBytes(Bytewise):
     def want_no_calls(self) -> None:
         self.say(DISABLE)
 
-    def want_call(self, *, late: bool = False) -> None:
-        self.want_call_at((self.size - 1) * late)
+    def want_call(self, after: int = 0, *, late: bool = False) -> None:
+        self.want_call_at(self.size - 1 if late else after)
 
     def want_call_at(self, ahead: int) -> None:
         """Asks for a call with what is returned so many places behind what was returned last."""

@@ -13,10 +13,11 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vhostuser.conformance.bytewise import bytewise
 from vhostuser.conformance.frames import NetFeature, frame, same
 from vhostuser.conformance.peer import MIB, RINGS, Peer
 from vhostuser.conformance.suite import Violation, check, equal
-from vhostuser.driverqueue import DriverQueue, RawRing
+from vhostuser.driverqueue import DriverQueue
 from vhostuser.drivers.net import NetHeader
 from vhostuser.frontend import FrontendRing
 from vhostuser.protocol import VirtioFeature
@@ -60,7 +61,9 @@ class Half:
         self.index = index
         self.queue = queue
         self.ring = FrontendRing(index, queue)
-        self.base = 0
+        self.bytes = bytewise(queue)
+        """The ring byte by byte; what is offered so is not seen by the others."""
+        self.base = queue.first_base
         """Where to start, or go on after a stop."""
         self.wants_kick = False
         """Did the device want a kick for what was offered last?"""
@@ -69,11 +72,6 @@ class Half:
         self._memory = peer.memory
         self._out: dict[int, Sequence[Buffer]] = {}
         peer.own(self.ring.close)
-
-    @property
-    def raw(self) -> RawRing:
-        """The ring byte by byte; what is offered so is not seen by the others."""
-        return self.queue.raw
 
     async def start(self, *, enable: bool = True, log_used: bool = False) -> None:
         """Sets the ring up from ``base`` on; see ``Frontend.start_ring``."""
@@ -98,9 +96,7 @@ class Half:
 
     def push(self, *heads: int) -> None:
         """Makes chains available that were described by hand, without a kick."""
-        index = self.raw.available_index
-        self.raw.make_available(index, heads)
-        self.raw.available_index = index + len(heads)
+        self.bytes.push(*heads)
 
     def kick(self) -> None:
         """Notifies the back-end."""
@@ -146,7 +142,9 @@ class Nic:
 
     def _half(self, index: int, size: int, indirect: bool) -> Half:
         event_idx = bool(self.features & VirtioFeature.RING_EVENT_IDX.mask)
-        queue = DriverQueue(self.peer.memory.map, index * RINGS, size, event_idx=event_idx, indirect=indirect)
+        queue = DriverQueue(
+            self.peer.memory.map, index * RINGS, size, event_idx=event_idx, indirect=indirect, packed=self.peer.packed
+        )
         return Half(self.peer, index, queue)
 
     @property

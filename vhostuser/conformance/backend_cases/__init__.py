@@ -89,6 +89,10 @@ _ON_RINGS = (
     memory.TABLE,
     memory.SLOTS,
     dirty_log.CASES,
+    net_transmit.CASES,
+    net_receive.CASES,
+    net_rings.CASES,
+    net_migration.CASES,
 )
 
 CASES: list[Case[Peer]] = [case for theme in _THEMES for case in theme.cases] + twins(*_ON_RINGS)

@@ -403,20 +403,20 @@ def _hostile(name: str, rule: str) -> Callable[[Callable[[Nic], None]], Callable
 @_hostile("loop", "A buffer whose descriptors turn in a circle does no harm.")
 def _(nic: Nic) -> None:
     at = nic.room(USUAL)
-    nic.receive.raw.describe(0, at, 512, Descriptor.NEXT | Descriptor.WRITE, 1)
-    nic.receive.raw.describe(1, at, 512, Descriptor.NEXT | Descriptor.WRITE, 0)
+    nic.receive.bytes.describe(0, at, 512, Descriptor.NEXT | Descriptor.WRITE, 1)
+    nic.receive.bytes.describe(1, at, 512, Descriptor.NEXT | Descriptor.WRITE, 0)
 
 
 @_hostile("outside", "A buffer outside of memory does no harm.")
 def _(nic: Nic) -> None:
-    nic.receive.raw.describe(0, MEMORY + 4096, USUAL, Descriptor.WRITE)
+    nic.receive.bytes.describe(0, MEMORY + 4096, USUAL, Descriptor.WRITE)
 
 
 @_hostile("over-the-end", "A buffer that goes on behind memory does no harm.")
 def _(nic: Nic) -> None:
-    nic.receive.raw.describe(0, MEMORY - 100, USUAL, Descriptor.WRITE)
+    nic.receive.bytes.describe(0, MEMORY - 100, USUAL, Descriptor.WRITE)
 
 
 @_hostile("over-the-ring", "A frame that lands in its own ring does no harm.")
 def _(nic: Nic) -> None:
-    nic.receive.raw.describe(0, nic.receive.queue.desc, USUAL, Descriptor.WRITE)
+    nic.receive.bytes.describe(0, nic.receive.queue.desc, USUAL, Descriptor.WRITE)

@@ -137,7 +137,7 @@ async def _(peer: Peer) -> None:
     section=F.SET_VRING_ENABLE.clause,
 )  # fmt: skip
 async def _(peer: Peer) -> None:
-    await peer.frontend.negotiate(V.VERSION_1.mask, 0)
+    await peer.frontend.negotiate(V.VERSION_1.mask | peer.format, 0)
     await peer.share()
     nic = Nic(peer)
     await nic.start()
@@ -161,7 +161,7 @@ async def _traffic(peer: Peer, *, transmit: bool) -> tuple[list[Arrival], int]:
             nic.transmit(frame(100, count))
             count += 1
         base = await half.stop()
-        equal("the base at a stop: all that was taken is returned", base, half.raw.used_index)
+        equal("the base at a stop: all that was taken is returned", base, half.bytes.drained(base))
         await half.start()
         half.kick()
         await nic.sent()
@@ -205,7 +205,7 @@ async def _(peer: Peer) -> None:
     nic = await plug(peer)
     nic.post(count=6)
     await nic.echo(frame(100, 1))
-    equal("the base of the receive ring", await nic.receive.stop(), 1)
+    equal("the base of the receive ring", await nic.receive.stop(), nic.receive.bytes.base_at(1))
     await nic.receive.start()
     nic.receive.kick()
     for number in range(2, 7):
@@ -281,7 +281,7 @@ async def _(peer: Peer) -> None:
 @CASES.should("called.not-wanted", "A driver that asks for no calls for frames gets none.", LOOP, section=CALLED)
 async def _(peer: Peer) -> None:
     nic = await _ready(peer)
-    nic.receive.raw.available_flags = 1
+    nic.receive.bytes.want_no_calls()
     await nic.echo(frame())
     check(not await nic.receive.called(within=peer.quiet), "no call", "a call")
 
@@ -292,7 +292,7 @@ async def _(peer: Peer) -> None:
 )  # fmt: skip
 async def _(peer: Peer) -> None:
     nic = await _ready(peer, V.RING_EVENT_IDX)
-    nic.receive.raw.used_event = nic.receive.raw.used_index + 1
+    nic.receive.bytes.want_call(1)
     await nic.echo(frame(100, 1))
     early = await nic.receive.called(within=peer.quiet)
     await nic.echo(frame(100, 2))
@@ -305,7 +305,7 @@ async def _(peer: Peer) -> None:
 )  # fmt: skip
 async def _(peer: Peer) -> None:
     nic = await _ready(peer, V.RING_EVENT_IDX)
-    nic.receive.raw.used_event = nic.receive.raw.used_index + 1000
+    nic.receive.bytes.want_call(late=True)
     await nic.echo(frame(100, 1))
     check(not await nic.receive.called(within=peer.quiet), "no call", "a call")
 
@@ -315,7 +315,7 @@ async def _(peer: Peer) -> None:
 )
 async def _(peer: Peer) -> None:
     nic = await _ready(peer)
-    nic.send.raw.available_flags = 1
+    nic.send.bytes.want_no_calls()
     await nic.send.calm()
     await nic.echo(frame())
     check(await nic.receive.called(), "a call of the receive ring", "none")

@@ -84,13 +84,13 @@ _tabled("indirect-many", "A frame may lie in many entries of an indirect table."
 async def _(peer: Peer) -> None:
     nic = await plug(peer, V.RING_INDIRECT_DESC)
     nic.post()
-    data, raw = frame(600), nic.send.raw
+    data, ring = frame(600), nic.send.bytes
     header, first, rest = nic.cut(nic.headed(data), (nic.header, 100))
     table = nic.room(32, 16)
-    raw.describe_at(table, 0, *first[:2], Descriptor.NEXT, 1)
-    raw.describe_at(table, 1, *rest[:2])
-    raw.describe(0, *header[:2], Descriptor.NEXT, 1)
-    raw.describe(1, table, 32, Descriptor.INDIRECT)
+    ring.describe_at(table, 0, *first[:2], Descriptor.NEXT, 1)
+    ring.describe_at(table, 1, *rest[:2])
+    ring.describe(0, *header[:2], Descriptor.NEXT, 1)
+    ring.describe(1, table, 32, Descriptor.INDIRECT)
     nic.send.push(0)
     nic.send.kick()
     arrival = await nic.one()
@@ -454,21 +454,21 @@ async def _harmless(peer: Peer, write: Callable[[Nic], None]) -> None:
 @_hostile("loop", "A frame whose descriptors turn in a circle does no harm.")
 def _(nic: Nic) -> None:
     at = nic.place(nic.headed(frame(1000)))
-    nic.send.raw.describe(0, at, 512, Descriptor.NEXT, 1)
-    nic.send.raw.describe(1, at, 512, Descriptor.NEXT, 0)
+    nic.send.bytes.describe(0, at, 512, Descriptor.NEXT, 1)
+    nic.send.bytes.describe(1, at, 512, Descriptor.NEXT, 0)
 
 
 @_hostile("outside", "A frame outside of memory does no harm.")
 def _(nic: Nic) -> None:
-    nic.send.raw.describe(0, nic.place(bytes(nic.header)), nic.header, Descriptor.NEXT, 1)
-    nic.send.raw.describe(1, MEMORY + 4096, 1000)
+    nic.send.bytes.describe(0, nic.place(bytes(nic.header)), nic.header, Descriptor.NEXT, 1)
+    nic.send.bytes.describe(1, MEMORY + 4096, 1000)
 
 
 @_hostile("over-the-end", "A frame that goes on behind memory does no harm.")
 def _(nic: Nic) -> None:
-    nic.send.raw.describe(0, MEMORY - 100, 1000)
+    nic.send.bytes.describe(0, MEMORY - 100, 1000)
 
 
 @_hostile("huge", "A frame of 4 GiB does no harm.")
 def _(nic: Nic) -> None:
-    nic.send.raw.describe(0, nic.place(nic.headed(frame())), 0xFFFFFFFF)
+    nic.send.bytes.describe(0, nic.place(nic.headed(frame())), 0xFFFFFFFF)

@@ -20,7 +20,7 @@ from vhostuser.conformance.suite import Case, Theme
 from vhostuser.protocol import VirtioFeature
 
 PREFIX = "packed."
-_ON_RINGS = {Need.RINGS, Need.BLK, Need.WRITABLE}
+_ON_RINGS = {Need.RINGS, Need.BOTH_RINGS, Need.BLK, Need.WRITABLE, Need.NET, Need.LOOP, Need.TWO_PAIRS}
 _SPLIT_ALONE = {
     "setup.nakce": "a packed ring's first wrap counter is 1, so without a base it begins nowhere",
     "setup.reset-by-driver": "there is no index in a packed ring that a back-end could have remembered",
@@ -41,6 +41,10 @@ _SPLIT_ALONE = {
     "address.avail-over-the-end": "an event suppression structure of four bytes cannot lie across the end",
     "address.used-over-the-end": "an event suppression structure of four bytes cannot lie across the end",
     "log.used-elsewhere": "what is marked of a packed ring is where the ring is, whatever log address there is",
+    "net.transmit.indirect-behind": "a packed chain is direct or one table",
+    "net.header.*": "what is in a frame does not depend on the ring, and legacy devices have no packed ones",
+    "net.frame.*": "what is in a frame does not depend on the ring",
+    "net.postcopy.*": "they are not about what is in the ring",
     "features.*": "they are not about what is in the ring",
     "blk.*": "what a disk makes of a request does not depend on how it came",
 }
