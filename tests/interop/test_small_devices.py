@@ -1,8 +1,9 @@
 """The examples' devices in a guest of Linux, by its own drivers; one boot for as many as this QEMU has.
 
 QEMU 7.2 makes a keyboard of a back-end's under KVM only, where Debian's kernel does not come up on every machine; later
-ones do under TCG. It has no front-end for a device of any kind, nor for a console, and carries no device's state: the
-echo and the notebook's state are tried by our own front-end, in examples/test_devices.py.
+ones do under TCG. It carries no device's state, and neither it nor 10.0 has a front-end for a console, or for a device
+of any kind (10.0 has one, which cannot be plugged in unless its source is changed): the echo and the notebook's state
+are tried by our own front-end, in examples/test_devices.py.
 """
 
 import base64
