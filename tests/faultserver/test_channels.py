@@ -255,6 +255,18 @@ def test_a_mistake_in_one_source_is_its_loss_alone(bed: Bed) -> None:
     whole(bed, memory, 64 * PAGE)
 
 
+def test_a_mistake_in_who_is_told_is_the_loss_of_all(bed: Bed) -> None:
+    def tell(number: int, reason: Exception) -> None:
+        raise KeyError("who is told")
+
+    memory = bed.memory()
+    channels = Channels(CallableSource(Failing().fetch, threads=1), CallableSource(Failing().fetch), on_loss=tell)
+    server = bed.server(memory, channels)
+    server.prefetch()
+    assert not server.wait(PATIENCE)
+    assert isinstance(server.lost, KeyError | SourceLost)
+
+
 def test_there_must_be_a_source() -> None:
     with pytest.raises(ValueError, match="one source"):
         Channels()

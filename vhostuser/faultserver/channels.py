@@ -41,8 +41,8 @@ class Channels:
     """A source that consists of several, which must differ in nothing but in how they bring the same bytes.
 
     It is lost when all of them are; until then the loss of one is told by ``on_loss(number, reason)``, on a thread of
-    that source's, and the others go on. What ``on_loss`` raises is the loss of all. The sources stay the caller's, to be
-    closed after the server.
+    that source's, and the others go on. What ``on_loss`` raises is the loss of all. The sources stay the caller's, who
+    closes them after the server.
     """
 
     def __init__(self, *sources: PageSource, on_loss: Callable[[int, Exception], None] | None = None) -> None:
