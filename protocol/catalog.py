@@ -252,7 +252,6 @@ def _frontend_extension_rows() -> Iterator[Row]:
         done=_OK,
         refusal=_STATUS,
         asks=True,
-        unserved=_NOT_OFFERED,
     )
     yield Row(
         code=F.SET_VRING_ENDIAN,
@@ -382,9 +381,7 @@ def _backend_rows() -> Iterator[Row]:
     iotlb = _negotiated(V.ACCESS_PLATFORM)
     shared = _negotiated(P.SHARED_OBJECT)
     inband = _negotiated(P.INBAND_NOTIFICATIONS)
-    yield Row(
-        code=B.IOTLB_MSG, request=(Iotlb,), gate=iotlb, rules=(rules.backend_iotlb,), silent=True, unserved=_NOT_SENT
-    )
+    yield Row(code=B.IOTLB_MSG, request=(Iotlb,), gate=iotlb, rules=(rules.backend_iotlb,), silent=True)
     yield Row(code=B.CONFIG_CHANGE_MSG, gate=_negotiated(P.CONFIG), silent=True)
     yield Row(
         code=B.VRING_HOST_NOTIFIER_MSG,

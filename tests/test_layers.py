@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 NO_IO = {"os", "socket", "asyncio", "mmap", "select", "threading", "uvloop"}
 
 # module -> the modules of the project that it may import; a name stands for everything below it too.
-RUNTIME = {"protocol", "_native", "memory", "virtqueue", "uffd"}
-RUNTIME |= {"postcopy", "record", "channel", "device", "dataplane", "ring", "metrics", "measures"}
+RUNTIME = {"protocol", "_native", "memory", "iotlb", "virtqueue", "uffd"}
+RUNTIME |= {"queuestats", "postcopy", "record", "channel", "device", "dataplane", "ring", "metrics", "measures"}
 HOOKS = {"hooks", "shared_objects", "shared_memory"}
 PARTED = ("faultserver", "frontend")  # packages whose modules are layers of their own
 FRONT = {"frontend.memory", "frontend.ring", "frontend.requests"}
@@ -18,11 +18,13 @@ PAGES = {f"faultserver.{name}" for name in ("placement", "sources", "stats", "su
 ALLOWED = {
     "metrics": set(),
     "pcapng": set(),
-    "measures": {"metrics", "uffd", "virtqueue"},
+    "queuestats": set(),
+    "measures": {"metrics", "uffd", "queuestats"},
     "watch": {"measures", "metrics"},
     "offer": {"protocol"},
     "memory": {"protocol", "_native"},
-    "virtqueue": {"protocol", "_native", "memory", "uffd"},
+    "iotlb": {"protocol", "_native", "memory"},
+    "virtqueue": {"protocol", "_native", "memory", "iotlb", "queuestats", "uffd"},
     "threads": set(),
     "uffd": {"protocol", "_native", "memory", "threads"},
     "postcopy": {"protocol", "memory", "uffd"},
@@ -42,10 +44,11 @@ ALLOWED = {
     "shared_objects": {"protocol", "announcements", "hooks"},
     "shared_memory": {"protocol", "announcements", "backend_channel", "hooks"},
     "hook_requests": {"protocol", "announcements", "arguments", "device"} | HOOKS,
+    "iommu_requests": {"protocol", "arguments", "iotlb", "lifecycle", "memory"},
     "connection": RUNTIME
     | {"hook_requests", "hooks"}
     | {"announcements", "arguments", "lifecycle", "offer", "regions", "transfer", "watch"}
-    | {"ring_requests", "device_requests", "log_requests", "ring_messages"},
+    | {"ring_requests", "device_requests", "log_requests", "ring_messages", "iommu_requests"},
     "backend_channel": {"protocol", "channel"},
     "announcements": {"protocol", "channel", "backend_channel"},
     "transfer": {"protocol", "channel", "device"},
@@ -89,6 +92,7 @@ WITHOUT = {
     "faultserver.supply": {"asyncio", "socket"},
     "faultserver.server": {"asyncio", "socket"},
     "memory": {"asyncio", "socket"},
+    "iotlb": {"asyncio", "socket"},
     "virtqueue": {"asyncio", "socket"},
     "uffd": {"asyncio", "socket"},
     "driverqueue": {"asyncio", "socket"},

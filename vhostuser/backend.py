@@ -18,9 +18,9 @@ from vhostuser.device import Device
 from vhostuser.metrics import Sample, as_json, kept, merged
 from vhostuser.postcopy import Postcopy
 from vhostuser.protocol import Wake, WakeAck, WakeStatus
+from vhostuser.queuestats import QueueStats
 from vhostuser.record import MemoryRecord
 from vhostuser.uffd import NotPermitted, TouchPool, Userfaultfd
-from vhostuser.virtqueue import QueueStats
 from vhostuser.wake_service import WakeService
 
 log = logging.getLogger("vhostuser")

@@ -29,6 +29,7 @@ from vhostuser.device import Device
 from vhostuser.device_requests import DeviceRequests
 from vhostuser.hook_requests import HookRequests
 from vhostuser.hooks import offered_by
+from vhostuser.iommu_requests import IommuRequests
 from vhostuser.lifecycle import Lifecycle
 from vhostuser.log_requests import LogRequests
 from vhostuser.memory import GuestMemory, Region
@@ -130,6 +131,7 @@ class Connection:
         self._of_log = LogRequests(self._life)
         self._of_device = DeviceRequests(name, device, self._session, self._life)
         self._of_hooks = HookRequests(device, self._session, self._announcements, name)
+        self._of_iommu = IommuRequests(name, self._life, lambda: self.memory, self._announcements.tell)
         self._transfer = StateTransfer(device, lambda: self._session.suspended)
 
     # ---- the life of the connection
@@ -254,6 +256,7 @@ class Connection:
         await self._life.close()
         for each in giving_up:
             each.cancel()
+        self._of_iommu.close()
         self._regions.close()
         self._announcements.close()
         self._of_hooks.close()
@@ -277,6 +280,7 @@ class Connection:
         # The halt alone is not enough: nothing may be started again before finish() has the new features.
         if changes & ~VirtioFeature.LOG_ALL.mask:
             await self._life.restart_device()
+            self._of_iommu.negotiated(features)
         elif changes:
             async with self._life.halted():
                 pass
@@ -320,6 +324,7 @@ class Connection:
         self._regions.release(memory)
         async with self._life.halted():
             self._regions.adopt(memory, arrived, listening=self._listening)
+            self._life.forget_translations()
 
     # ---- in-flight tracking
 
@@ -380,6 +385,7 @@ class Connection:
 
     async def _set_backend_req_fd(self, request: Request) -> None:
         self._announcements.take_channel(fds_of(request))
+        self._of_iommu.tell_due()
 
     # ---- what others see
 
@@ -448,6 +454,10 @@ def _by_hook(fulfil: Callable[[HookRequests, Request], Awaitable[Reply | None]])
     return lambda connection, request: fulfil(connection._of_hooks, request)
 
 
+def _by_iommu(fulfil: Callable[[IommuRequests, Request], Awaitable[Reply | None]]) -> _Handler:
+    return lambda connection, request: fulfil(connection._of_iommu, request)
+
+
 HANDLERS: dict[int, _Handler] = {
     FrontendRequest.POSTCOPY_ACK: Connection._postcopy_ack,
     FrontendRequest.SET_FEATURES: Connection._set_features,
@@ -466,6 +476,7 @@ HANDLERS: dict[int, _Handler] = {
     FrontendRequest.SEND_RARP: _by_device(DeviceRequests.send_rarp),
     FrontendRequest.NET_SET_MTU: _by_device(DeviceRequests.net_set_mtu),
     FrontendRequest.SET_BACKEND_REQ_FD: Connection._set_backend_req_fd,
+    FrontendRequest.IOTLB_MSG: _by_iommu(IommuRequests.iotlb_msg),
     FrontendRequest.GET_CONFIG: _by_device(DeviceRequests.get_config),
     FrontendRequest.SET_STATUS: _by_device(DeviceRequests.set_status),
     FrontendRequest.RESET_DEVICE: _by_device(DeviceRequests.reset_device),

@@ -238,6 +238,8 @@ class ServedQueue:
             self._loop.add_reader(kick, self._kicked)
         if queue.ahead_fd >= 0:
             self._loop.add_reader(queue.ahead_fd, self._wake.set)
+        if queue.translated_fd >= 0:
+            self._loop.add_reader(queue.translated_fd, self._translated)
 
     @property
     def index(self) -> int:
@@ -307,6 +309,10 @@ class ServedQueue:
             self._kick = -1
         self._wake.set()
 
+    def _translated(self) -> None:
+        os.eventfd_read(self._queue.translated_fd)
+        self._wake.set()
+
     def _finished(self, count: int) -> None:
         if count > 1:
             self._flush()
@@ -365,6 +371,8 @@ class ServedQueue:
             self._loop.remove_reader(self._kick)
         if self._queue.ahead_fd >= 0:
             self._loop.remove_reader(self._queue.ahead_fd)
+        if self._queue.translated_fd >= 0:
+            self._loop.remove_reader(self._queue.translated_fd)
 
     async def dispatch(
         self,

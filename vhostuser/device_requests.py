@@ -65,6 +65,7 @@ class DeviceRequests:
         await self._life.restart_device()
         for ring in self._life.rings:
             ring.drop_kick()  # a stray late kick starts nothing
+        self._life.forget_translations()
 
     # ---- network devices
 

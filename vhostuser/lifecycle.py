@@ -21,12 +21,13 @@ from typing import Any
 from vhostuser import measures
 from vhostuser.dataplane import DataThread
 from vhostuser.device import Device, DeviceFailed
+from vhostuser.iotlb import DeviceIotlb
 from vhostuser.memory import DirtyLog
 from vhostuser.metrics import Sample
 from vhostuser.protocol import BackendSession, Postcopy, ProtocolFeature, QueueBroken, VirtioFeature
 from vhostuser.regions import Regions
 from vhostuser.ring import Ring
-from vhostuser.virtqueue import InflightRegion
+from vhostuser.virtqueue import InflightRegion, NotTranslated
 
 log = logging.getLogger("vhostuser")
 
@@ -64,6 +65,8 @@ class Lifecycle:
         self.log_event = -1
         """An eventfd, ours, that is signalled when the log has changed."""
         self.inflight: InflightRegion | None = None
+        self.iotlb: DeviceIotlb | None = None
+        """What addresses go through where ACCESS_PLATFORM was negotiated; ``iommu_requests`` fills it."""
         self.data: DataThread | None = None
         self._device_active = False
         """From before the device's start until after its stop."""
@@ -200,6 +203,11 @@ class Lifecycle:
             yield measures.STATE.sample(int(ring.running), queue=ring.index, state="running")
             yield measures.STATE.sample(int(ring.broken is not None), queue=ring.index, state="broken")
 
+    def forget_translations(self) -> None:
+        """Empties the device IOTLB if no ring runs: a front-end does not tell a stopped device what becomes invalid."""
+        if self.iotlb is not None and not any(ring.running for ring in self.rings):
+            self.iotlb.clear()
+
     # ---- what is wanted
 
     def _wanted(self, ring: Ring) -> bool:
@@ -330,7 +338,10 @@ class Lifecycle:
         features = self._session.features
         logged = self.dirty_log if features & VirtioFeature.LOG_ALL.mask else None
         try:
-            queue = ring.open(regions.memory, features, logged, self._inflight_of(ring), regions.touch)
+            queue = ring.open(regions.memory, features, logged, self._inflight_of(ring), regions.touch, self.iotlb)
+        except NotTranslated as waits:
+            ring.obstacle = str(waits)
+            return
         except QueueBroken as error:
             if ring.obstacle != str(error):
                 log.error("%s: ring %d cannot start: %s", self._name, ring.index, error)

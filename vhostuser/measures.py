@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 
 from vhostuser.metrics import Distribution, Kind, Metric, Sample
+from vhostuser.queuestats import QueueStats
 from vhostuser.uffd import FaultStats
-from vhostuser.virtqueue import QueueStats
 
 _QUEUE = ("queue",)
 _MESSAGE = ("message",)

@@ -23,7 +23,7 @@ _WORDS = {
     lib.VU_E_FAULT: "guest memory is gone: its file was truncated, or the front-end was lost in postcopy",
     lib.VU_E_RANGE: "an address lies outside of guest memory",
     lib.VU_E_OVERFLOW: "an address and its length wrap around the address space",
-    lib.VU_E_OVERLAP: "two regions overlap, in guest or in user addresses",
+    lib.VU_E_OVERLAP: "it overlaps with another that says otherwise",
     lib.VU_E_SHORT: "the file is smaller than what should lie in it",
     lib.VU_E_SIZE: "a size that the specification forbids",
     lib.VU_E_ALIGN: "an address is not aligned as the specification asks",
@@ -34,6 +34,9 @@ _WORDS = {
     lib.VU_E_ORDER: "a readable descriptor follows a writable one",
     lib.VU_E_INFLIGHT: "the in-flight region contradicts itself or the ring",
     lib.VU_E_CLOSED: "the queue was closed",
+    lib.VU_E_MISSING: "a translation is missing: the front-end was asked for it",
+    lib.VU_E_ACCESS: "the access is not permitted, or the permissions are not 1 (read), 2 (write) or 3",
+    lib.VU_E_PIECES: "a part of the ring is not in one piece of guest memory behind its IOMMU",
     lib.VU_E_FILE: "the descriptor is not a regular file: share a memfd, or a file of tmpfs or hugetlbfs",
 }
 

@@ -11,6 +11,7 @@ TRANSPORT_FEATURES = (
     | VirtioFeature.RING_INDIRECT_DESC.mask
     | VirtioFeature.RING_EVENT_IDX.mask
     | VirtioFeature.RING_PACKED.mask
+    | VirtioFeature.ACCESS_PLATFORM.mask
     | VirtioFeature.PROTOCOL_FEATURES.mask
     | VirtioFeature.VERSION_1.mask
 )

@@ -18,10 +18,12 @@ from pathlib import Path
 from vhostuser._native import lib
 from vhostuser.dataplane import DataThread, EngineRunner, LoopRunner, Runner
 from vhostuser.device import Device, Engine
+from vhostuser.iotlb import DeviceIotlb
 from vhostuser.memory import DirtyLog, GuestMemory
 from vhostuser.protocol import VHOST_VRING_F_LOG, QueueBroken, RequestRefused, VirtioFeature, VringAddress
+from vhostuser.queuestats import QueueStats
 from vhostuser.uffd import TouchPool
-from vhostuser.virtqueue import DeviceQueue, InflightRegion, QueueStats, RingSetup
+from vhostuser.virtqueue import DeviceQueue, InflightRegion, RingSetup
 
 lib.vu_event_open()
 
@@ -222,9 +224,10 @@ class Ring:
         log: DirtyLog | None,
         inflight: InflightRegion | None,
         touch: TouchPool | None,
+        iotlb: DeviceIotlb | None,
     ) -> DeviceQueue:
         """Validates the ring against memory. Raises QueueBroken if it does not fit; touches nothing."""
-        queue = self.setup(features).open(memory, log=log, inflight=inflight)
+        queue = self.setup(features).open(memory, log=log, inflight=inflight, iotlb=iotlb)
         queue.set_touch(touch)
         queue.set_call(self._where)
         queue.force_signal()
@@ -252,6 +255,10 @@ class Ring:
         # Requests may have been completed just before the ring stopped, their call lost with the old eventfd.
         self.call()
         return self._runner
+
+    def uses(self, iova: int, size: int) -> bool:
+        """Whether it runs and has memory at these I/O virtual addresses in use. After they were invalidated."""
+        return self._queue is not None and self._queue.uses(iova, size)
 
     async def halt(self, delayed: Callable[[], None], *, leave: bool = False) -> None:
         """Stops serving: waits until every request that was taken is completed; then ``base`` is the next index.

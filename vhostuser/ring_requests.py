@@ -56,6 +56,7 @@ class RingRequests:
         ring = self._life.rings[payload_of(request, VringState).index]
         async with self._life.halted(ring, leave=True):
             ring.drop_kick()
+            self._life.forget_translations()
         return Reply(VringState(ring.index, ring.base))
 
     async def set_vring_kick(self, request: Request) -> None:

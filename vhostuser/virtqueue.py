@@ -12,15 +12,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import add
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vhostuser._native import ffi, lib
 from vhostuser.memory import DirtyLog, GuestMemory, MemoryLost, explain
 from vhostuser.protocol import QueueBroken, RequestRefused, VirtioFeature
+from vhostuser.queuestats import QueueStats
 
 if TYPE_CHECKING:
+    from vhostuser.iotlb import DeviceIotlb
     from vhostuser.uffd import TouchPool
 
 BATCH = 128
@@ -43,10 +44,11 @@ _BYTES = ffi.typeof("char[]")
 class RingSetup:
     """Everything that opening a ring needs; nothing of it has been judged.
 
-    size: entries. desc, avail, used: user addresses, or guest addresses with ``guest_addresses``; of a packed ring its
-    descriptors, the driver area and the device area. base: where to go on (SET_VRING_BASE). index: of the ring on its
-    connection. features: the negotiated virtio bits; RING_PACKED tells the format. log: the guest address at which
-    writes to the used ring are logged, if ``log_used`` (VHOST_VRING_F_LOG).
+    size: entries. desc, avail, used: user addresses, guest addresses with ``guest_addresses``, or I/O virtual ones; of
+    a packed ring its descriptors, the driver area and the device area. base: where to go on (SET_VRING_BASE). index:
+    of the ring on its connection. features: the negotiated virtio bits; RING_PACKED tells the format. log: the guest
+    address at which writes to the used ring are logged, if ``log_used`` (VHOST_VRING_F_LOG); of no interest behind an
+    IOMMU.
     """
 
     size: int
@@ -61,13 +63,19 @@ class RingSetup:
     guest_addresses: bool = False
 
     def open(
-        self, memory: GuestMemory, *, log: DirtyLog | None = None, inflight: InflightRegion | None = None
+        self,
+        memory: GuestMemory,
+        *,
+        log: DirtyLog | None = None,
+        inflight: InflightRegion | None = None,
+        iotlb: DeviceIotlb | None = None,
     ) -> DeviceQueue:
         """Validates size, alignment and containment; touches nothing. The queue keeps what it is given alive.
 
-        Raises QueueBroken if the ring does not fit the memory, the log or the in-flight region.
+        iotlb: what all addresses go through, those in the ring too. Raises QueueBroken if the ring does not fit the
+        memory, the log or the in-flight region, NotTranslated where parts of it were asked for: try again.
         """
-        return DeviceQueue(self, memory, log, inflight)
+        return DeviceQueue(self, memory, log, inflight, iotlb)
 
     def flags(self) -> int:
         """The ``VU_RING_`` flags."""
@@ -81,6 +89,10 @@ class RingSetup:
 
     def _has(self, feature: int) -> int:
         return self.features >> feature & 1
+
+
+class NotTranslated(QueueBroken):
+    """A ring cannot be opened before the device IOTLB knows where it lies. Nothing is wrong with it."""
 
 
 class Request:
@@ -167,42 +179,20 @@ class Request:
             queue.on_finished(len(finished))
 
 
-@dataclass(frozen=True, slots=True)
-class QueueStats:
-    """What a queue has done so far; see ``struct vu_queue_stats``. Those of one ring's queues can be added up."""
-
-    returned: int = 0
-    readable: int = 0
-    written: int = 0
-    batches: int = 0
-    kicks: int = 0
-    calls: int = 0
-    served_ns: int = 0
-    histogram: tuple[int, ...] = (0,) * 32
-    out: int = 0
-    oldest: int = 0
-    """When the oldest request that is out was popped, in nanoseconds of ``time.monotonic_ns``; 0: none is."""
-
-    def __add__(self, later: QueueStats) -> QueueStats:
-        return QueueStats(
-            self.returned + later.returned,
-            self.readable + later.readable,
-            self.written + later.written,
-            self.batches + later.batches,
-            self.kicks + later.kicks,
-            self.calls + later.calls,
-            self.served_ns + later.served_ns,
-            tuple(map(add, self.histogram, later.histogram)),
-            later.out,
-            later.oldest,
-        )
+def _native_of(part: DirtyLog | InflightRegion | DeviceIotlb | None) -> Any:
+    return part.native if part is not None else ffi.NULL
 
 
 class DeviceQueue:
     """One open ring, seen from the device. It belongs to one thread at a time, but for ``set_call`` and properties."""
 
     def __init__(
-        self, setup: RingSetup, memory: GuestMemory, log: DirtyLog | None, inflight: InflightRegion | None
+        self,
+        setup: RingSetup,
+        memory: GuestMemory,
+        log: DirtyLog | None,
+        inflight: InflightRegion | None,
+        iotlb: DeviceIotlb | None,
     ) -> None:
         self._native: Any = None
         self.index = setup.index
@@ -217,12 +207,13 @@ class DeviceQueue:
         ring.size, ring.flags, ring.index, ring.base = setup.size, setup.flags(), setup.index, setup.base
         ring.desc, ring.avail, ring.used, ring.log_addr = setup.desc, setup.avail, setup.used, setup.log
         error = ffi.new("int *")
-        native = lib.vu_queue_new(
-            memory.native, ring, log.native if log else ffi.NULL, inflight.native if inflight else ffi.NULL, error
-        )
+        native = lib.vu_queue_new(memory.native, ring, _native_of(log), _native_of(inflight), _native_of(iotlb), error)
         if native == ffi.NULL:
-            raise QueueBroken(self.index, -1, error[0], explain(error[0]))
+            kind = NotTranslated if error[0] == lib.VU_E_MISSING else QueueBroken
+            raise kind(self.index, -1, error[0], explain(error[0]))
         self._native = native
+        self.translated_fd: int = lib.vu_queue_translated_fd(native)
+        """An eventfd: what the next request waited for was translated. -1 without a device IOTLB."""
         self._base = setup.base
         self._touch: TouchPool | None = None
         self._ring_missing = False
@@ -307,6 +298,10 @@ class DeviceQueue:
     def leave_in_flight(self) -> bool:
         """Requests under way may stay in the in-flight region when the ring stops; False without one. Any thread."""
         return bool(lib.vu_queue_leave(self.native))
+
+    def uses(self, iova: int, size: int) -> bool:
+        """Whether it or a request that is out lies there, even in part. Of the thread that opened it, at any time."""
+        return bool(lib.vu_queue_uses(self.native, iova, size))
 
     # ---- state
 

@@ -65,7 +65,7 @@ static vu_queue *open_queue(struct world *world, uint32_t base)
         .size = SIZE, .flags = VU_RING_GUEST_ADDR | (packed ? VU_RING_PACKED : 0), .base = base,
         .desc = vu_driver_desc(world->driver), .avail = vu_driver_avail(world->driver), .used = vu_driver_used(world->driver),
     };
-    vu_queue *queue = vu_queue_new(world->guest.map, &ring, NULL, region, &error);
+    vu_queue *queue = vu_queue_new(world->guest.map, &ring, NULL, region, NULL, &error);
     CHECK(queue);
     vu_inflight_put(region);
     return queue;

@@ -137,7 +137,7 @@ static inline void serve_any(struct guest *guest, struct vu_ring ring, uint16_t 
     ring.index = (uint32_t)below(2);
     if (!below(16))
         *(&ring.desc + below(3)) = odd_address();
-    vu_queue *queue = vu_queue_new(guest->map, &ring, below(2) ? log : NULL, below(4) ? NULL : inflight, &error);
+    vu_queue *queue = vu_queue_new(guest->map, &ring, below(2) ? log : NULL, below(4) ? NULL : inflight, NULL, &error);
     if (queue) {
         vu_queue_set_call(queue, call);
         serve(guest, queue);
@@ -202,7 +202,7 @@ static inline vu_queue *queue_of(struct guest *guest, vu_driver *driver, uint32_
         .desc = vu_driver_desc(driver), .avail = vu_driver_avail(driver), .used = vu_driver_used(driver),
         .base = flags & VU_DRIVER_PACKED ? 0x80008000 : 0,
     };
-    vu_queue *queue = vu_queue_new(guest->map, &ring, NULL, NULL, &error);
+    vu_queue *queue = vu_queue_new(guest->map, &ring, NULL, NULL, NULL, &error);
     CHECK(queue);
     return queue;
 }

@@ -60,7 +60,7 @@ static void open_guest(struct guest *guest, uint64_t features)
                            .desc = vu_driver_desc(guest->driver),
                            .avail = vu_driver_avail(guest->driver),
                            .used = vu_driver_used(guest->driver)};
-    CHECK(guest->queue = vu_queue_new(guest->map, &ring, NULL, NULL, &error));
+    CHECK(guest->queue = vu_queue_new(guest->map, &ring, NULL, NULL, NULL, &error));
 }
 
 static void close_guest(struct guest *guest)

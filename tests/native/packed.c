@@ -141,7 +141,7 @@ static void scribbled(struct guest *guest, unsigned long rounds)
         struct vu_ring ring = {.size = 8, .flags = VU_RING_GUEST_ADDR | VU_RING_INDIRECT | VU_RING_EVENT_IDX | VU_RING_PACKED,
                                .desc = RING, .avail = RING + 128, .used = RING + 132, .base = 0x80008000};
         write_ring(guest, 8);
-        vu_queue *queue = vu_queue_new(guest->map, &ring, NULL, NULL, &error);
+        vu_queue *queue = vu_queue_new(guest->map, &ring, NULL, NULL, NULL, &error);
         CHECK(queue);
         serve(guest, queue);
         vu_queue_free(queue);

@@ -152,7 +152,7 @@ static void scribbled_round(struct guest *guest)
     struct ring_at at = write_ring(guest, 8, base);
     struct vu_ring ring = {.size = 8, .flags = VU_RING_GUEST_ADDR | VU_RING_INDIRECT | VU_RING_EVENT_IDX,
                            .desc = at.desc, .avail = at.avail, .used = at.used, .base = base};
-    vu_queue *queue = vu_queue_new(guest->map, &ring, NULL, NULL, &error);
+    vu_queue *queue = vu_queue_new(guest->map, &ring, NULL, NULL, NULL, &error);
     CHECK(queue);
     serve(guest, queue);
     vu_queue_free(queue);
@@ -180,7 +180,7 @@ static void lose(struct guest *guest, void (*take_away)(struct guest *))
     CHECK(vu_driver_add(driver, &buffer, 1) >= 0 && vu_driver_publish(driver) == 1);
     struct vu_ring ring = {.size = 8, .flags = VU_RING_GUEST_ADDR, .desc = vu_driver_desc(driver),
                            .avail = vu_driver_avail(driver), .used = vu_driver_used(driver)};
-    vu_queue *queue = vu_queue_new(guest->map, &ring, NULL, NULL, &error);
+    vu_queue *queue = vu_queue_new(guest->map, &ring, NULL, NULL, NULL, &error);
     vu_chain *chain;
     CHECK(queue && vu_queue_pop(queue, &chain, 1) == 1);
     take_away(guest);

@@ -17,7 +17,8 @@ from tests.queue.guest import NEXT, WRITE, Guest, Ring
 from vhostuser._native import lib
 from vhostuser.memory import GuestMemory, Region
 from vhostuser.protocol import MemoryRegion, RequestRefused
-from vhostuser.virtqueue import BATCH, DeviceQueue, QueueStats, Request
+from vhostuser.queuestats import QueueStats
+from vhostuser.virtqueue import BATCH, DeviceQueue, Request
 
 BORDER = 1 << 20
 FAR = 1 << 32

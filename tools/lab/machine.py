@@ -50,6 +50,8 @@ class Hardware:
     ports: int = 0
     #: Memory modules that may be plugged while the guest runs.
     dimms: int = 0
+    #: Devices sit behind an IOMMU: their addresses mean what the guest's page tables say, until it takes that back.
+    iommu: bool = False
 
     @property
     def page_size(self) -> int:
@@ -71,6 +73,12 @@ class Hardware:
         """The size of guest memory, not a multiple of 256 KiB where that can be helped (``loses_writes``)."""
         return self.memory * 1024 + (0 if self.hugepages else 8)
 
+    @property
+    def kernel_arguments(self) -> str:
+        """The guest's kernel command line."""
+        # strict: what was mapped for a request is taken back as the request ends, and not some time later.
+        return KERNEL_ARGUMENTS + " intel_iommu=on iommu.strict=1" * self.iommu
+
     def arguments(
         self, disks: Sequence[Path], networks: Sequence[Path] = (), others: Sequence[tuple[str, Path]] = ()
     ) -> list[str]:
@@ -82,14 +90,19 @@ class Hardware:
             *("-accel", "tcg", "-cpu", "max", "-m", f"{self._kibibytes}K{growth}", "-smp", f"{self.cpus}"),
             *("-object", f"memory-backend-memfd,id=memory,size={self._kibibytes}K,share=on{backing}"),
             *("-machine", "q35,memory-backend=memory"),
+            *(("-device", "intel-iommu,device-iotlb=on") if self.iommu else ()),
         ]
         for number in range(self.ports):
             arguments += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1}"]
+        behind = ",disable-legacy=on,iommu_platform=on,ats=on" if self.iommu else ""
         again = ",reconnect=1" if self.reconnect else ""
         packed = ",packed=on" if self.packed else ""
         for number, socket in enumerate(disks):
             arguments += ["-chardev", f"socket,id=disk{number},path={socket}{again}"]
-            arguments += ["-device", f"vhost-user-blk-pci,chardev=disk{number},num-queues={self.queues}{packed}"]
+            arguments += [
+                "-device",
+                f"vhost-user-blk-pci,chardev=disk{number},num-queues={self.queues}{packed}{behind}",
+            ]
         for number, socket in enumerate(networks):
             name = f"net{number}"
             arguments += ["-chardev", f"socket,id={name}-socket,path={socket}{again}"]
@@ -101,7 +114,7 @@ class Hardware:
             )
             arguments += [
                 "-device",
-                f"virtio-net-pci,id={name},netdev={name}-end,mac={mac(number)},vectors=0{several}{plain}{packed}",
+                f"virtio-net-pci,id={name},netdev={name}-end,mac={mac(number)},vectors=0{several}{plain}{packed}{behind}",
             ]
         for number, (model, socket) in enumerate(others):
             arguments += ["-chardev", f"socket,id=other{number},path={socket}{again}"]
@@ -161,7 +174,7 @@ class Machine:
         return [
             *("-name", self.name, "-nodefaults", "-display", "none"),
             *("-msg", "timestamp=on", "-D", str(self._path("trace"))),
-            *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", KERNEL_ARGUMENTS),
+            *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", self.hardware.kernel_arguments),
             *("-chardev", f"file,id=console,path={self._path('console')}", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=agent,path={self._path('agent')}", "-serial", "chardev:agent"),
             *("-qmp", f"unix:{self._path('qmp')}"),

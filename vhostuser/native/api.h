@@ -11,8 +11,8 @@
  *    (SIGBUS: the file was truncated) or revoked (SIGSEGV) and then returns VU_E_FAULT.
  *  - Functions return 0 or a count on success and a negative VU_E_ code on failure; functions that return
  *    a pointer return NULL and store the code in *error. VU_E_SYS means: see errno.
- *  - Locks: vu_touch holds one, vu_pages the second, the record of a fault server the third, and no thread holds two of
- *    them. Everything else is immutable, owned by one thread at a time, or atomic.
+ *  - Locks: vu_touch holds one, vu_pages the second, the record of a fault server the third, vu_iotlb the fourth, and no
+ *    thread holds two of them. Everything else is immutable, owned by one thread at a time, or atomic.
  */
 
 /* ---- error codes ------------------------------------------------------------------------------------- */
@@ -34,6 +34,9 @@
 #define VU_E_INFLIGHT -15  /* the in-flight region contradicts itself or the ring */
 #define VU_E_CLOSED -16    /* the queue was closed while the chain was out */
 #define VU_E_FILE -17      /* not a regular file: a pipe, a socket, a device; its size cannot be judged */
+#define VU_E_MISSING -18   /* the device IOTLB has no translation yet: it was asked for */
+#define VU_E_ACCESS -19    /* the device IOTLB does not permit it, or no such permission exists */
+#define VU_E_PIECES -20    /* a part of the ring is not in one piece of guest memory */
 
 /* ---- guest memory (memory.c) and its dirty log (log.c) ------------------------------------------------- */
 
@@ -101,6 +104,38 @@ typedef struct {
  * to go on. */
 int vu_log_take(vu_log *log, uint64_t *page, vu_range *ranges, uint32_t max);
 
+/* ---- the device IOTLB, where addresses go through an IOMMU (iotlb.c) --------------------------------------- */
+
+typedef struct vu_iotlb vu_iotlb; /* of one connection; reference counted, shared between threads */
+
+#define VU_ACCESS_READ 1
+#define VU_ACCESS_WRITE 2
+#define VU_ACCESS_BOTH 3
+#define VU_IOTLB_MOST 16384 /* translations: what exceeds that has all forgotten, and asked for again */
+
+struct vu_iotlb_question {
+    uint64_t iova;
+    uint32_t access; /* VU_ACCESS_ */
+    uint32_t ring;
+    uint32_t denied; /* 1: it was answered, and is not permitted; the ring breaks */
+};
+
+vu_iotlb *vu_iotlb_new(uint32_t rings, int *error);
+void vu_iotlb_get(vu_iotlb *iotlb);
+void vu_iotlb_put(vu_iotlb *iotlb);
+int vu_iotlb_fd(const vu_iotlb *iotlb); /* an eventfd, readable when vu_iotlb_take has something */
+/* What rings have asked for and nobody has taken: how many, `max` if there may be more. */
+uint32_t vu_iotlb_take(vu_iotlb *iotlb, struct vu_iotlb_question *taken, uint32_t max);
+/* [iova, iova + size) is the front-end's memory from `user` on, all of which is in the map. What is there already must say
+ * the same, and gains the permission. Wakes rings all of whose questions are answered by it. 0, VU_E_SIZE (of nothing),
+ * VU_E_OVERFLOW, VU_E_ACCESS, VU_E_RANGE, VU_E_OVERLAP (something else is there: invalidate it first), VU_E_NOMEM. */
+int vu_iotlb_update(vu_iotlb *iotlb, const vu_map *map, uint64_t iova, uint64_t size, uint64_t user, uint32_t access);
+/* Forgets a part; of 0 bytes from 0: everything. What rings have in use goes on being used: see vu_queue_uses. 0,
+ * VU_E_SIZE, VU_E_OVERFLOW. */
+int vu_iotlb_invalidate(vu_iotlb *iotlb, uint64_t iova, uint64_t size);
+void vu_iotlb_clear(vu_iotlb *iotlb); /* everything, questions too. Only while no ring runs */
+uint32_t vu_iotlb_count(vu_iotlb *iotlb); /* translations; neighbours in all respects are one */
+
 /* ---- device side of a ring (queue.c whatever the format, split.c, packed.c) ------------------------------- */
 
 typedef struct vu_queue vu_queue;
@@ -143,9 +178,12 @@ typedef struct vu_chain {
     uint64_t cookie;         /* free for the device */
 } vu_chain;
 
-/* Validates size, alignment and containment; keeps references of map, log, inflight (both may be NULL).
- * Touches nothing: the ring's own indexes are read by the first pop. */
-vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_inflight *inflight, int *error);
+/* Validates size, alignment and containment; keeps references of map, log, inflight, iotlb (these three may be NULL).
+ * With an IOTLB every address of the ring and in it is an I/O virtual one, and writes to the used ring are logged where
+ * they go; VU_E_MISSING: parts of the ring were asked for, try again. Touches nothing: the ring's own indexes are read by
+ * the first pop. */
+vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_inflight *inflight, vu_iotlb *iotlb,
+                       int *error);
 /* Frees; chains still out become invalid. */
 void vu_queue_free(vu_queue *queue);
 /* For GET_VRING_BASE: the next available index; packed: both places. Only when no chain is out, else chains in flight are
@@ -173,7 +211,13 @@ struct vu_queue_stats {
 void vu_queue_get_stats(const vu_queue *queue, struct vu_queue_stats *stats);
 void vu_queue_kicked(vu_queue *queue); /* its thread has taken a kick */
 
-/* Pops up to `max` chains: the count, 0 if the ring is empty, or the sticky code. Chains in front of one that breaks
+/* Whether the ring itself or a chain that is out lies in these I/O virtual addresses, even in part; as they are given to
+ * vu_iotlb_invalidate, after it. From the thread that opens and frees the queue, while another uses it. */
+int vu_queue_uses(vu_queue *queue, uint64_t iova, uint64_t size);
+/* An eventfd that is written when what the queue waited for has been translated: whoever sleeps reads it. -1: none. */
+int vu_queue_translated_fd(const vu_queue *queue);
+
+/* Pops up to `max` chains: the count, 0 if the ring is empty or its next chain waits for a translation, or the sticky code. Chains in front of one that breaks
  * the ring are handed out first, and can be returned like all that are out. After a restart the chains that the in-flight
  * region names come first, in the order in which they were taken. [touches] */
 int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max);

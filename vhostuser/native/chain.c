@@ -19,12 +19,16 @@
 
 /* ---- the pool ------------------------------------------------------------------------------------------ */
 
-static vu_segment *outgrow(vu_queue *queue, struct vu_slot *slot)
+vu_segment *vu_slot_outgrow(vu_queue *queue, struct vu_slot *slot)
 {
     vu_chain *chain = &slot->chain;
     uint32_t capacity = slot->capacity * 2;
     if (queue->large + capacity > LARGE_LIMIT)
         return NULL;
+    uint64_t *iovas = slot->iovas ? realloc(slot->iovas, capacity * sizeof *iovas) : NULL;
+    if (slot->iovas && !iovas)
+        return NULL;
+    slot->iovas = iovas;
     bool was_large = slot->capacity > VU_SLOT_SEGMENTS;
     vu_segment *segments = realloc(was_large ? chain->segments : NULL, capacity * sizeof *segments);
     if (!segments)
@@ -53,11 +57,11 @@ void vu_slot_begin(struct vu_slot *slot, uint16_t head)
     chain->cookie = 0;
 }
 
-/* As vu_map_run. Nearly always the next buffer is in the same region. */
+/* As vu_map_run. Nearly always the next buffer is in the same region. Behind an IOMMU nothing ever is. */
 static inline uint8_t *find_run(vu_queue *queue, uint64_t guest, uint64_t length, uint64_t *run)
 {
     struct vu_window *near = &queue->near;
-    if (guest - near->guest >= near->length && !vu_map_window(queue->map, guest, near))
+    if (guest - near->guest >= near->length && (queue->translator || !vu_map_window(queue->map, guest, near)))
         return NULL;
     *run = vu_least(length, near->length - (guest - near->guest));
     return near->host + (guest - near->guest);
@@ -79,9 +83,9 @@ int vu_slot_add(vu_queue *queue, struct vu_slot *slot, const struct vu_desc *des
     for (; left; guest += run, left -= run) {
         uint8_t *host = find_run(queue, guest, left, &run);
         if (!host)
-            return VU_E_RANGE;
+            return queue->translator ? vu_translate_buffer(queue, slot, guest, left, writable) : VU_E_RANGE;
         uint32_t at = chain->readable_count + chain->writable_count;
-        if (at == slot->capacity && !outgrow(queue, slot))
+        if (at == slot->capacity && !vu_slot_outgrow(queue, slot))
             return VU_E_NOMEM;
         chain->segments[at] = (vu_segment){host, run, guest};
         (*(writable ? &chain->writable_count : &chain->readable_count))++;
@@ -103,6 +107,8 @@ void vu_chain_release(vu_queue *queue, vu_chain *chain)
     chain->readable = chain->writable = 0;
     if (slot->capacity > KEPT_CAPACITY) {
         free(chain->segments);
+        free(slot->iovas);
+        slot->iovas = NULL;
         queue->large -= slot->capacity;
         slot->capacity = 0;
     }

@@ -121,6 +121,13 @@ struct vu_window {
 };
 /* All of the region that holds the address: false if none does. */
 bool vu_map_window(const vu_map *map, uint64_t guest, struct vu_window *window);
+/* The same of the front-end's addresses. */
+struct vu_user_window {
+    uint64_t user, length, guest;
+    uint8_t *host;
+};
+int vu_map_host_to_guest(const vu_map *map, const void *host, uint64_t *guest); /* 0 or VU_E_RANGE */
+bool vu_map_user_window(const vu_map *map, uint64_t user, struct vu_user_window *window);
 /* The page size in bytes of the region that holds this host address, or 0. */
 uint64_t vu_map_page_size(const vu_map *map, const void *host);
 

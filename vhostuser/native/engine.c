@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/uio.h>
 
 #include "engine.h"
@@ -70,19 +71,23 @@ static struct timespec polled_sleep(const struct vu_engine *engine)
 
 static int sleep_until_woken(struct vu_engine *engine, const struct vu_engine_wish *wish)
 {
-    struct pollfd fds[5] = {
+    struct pollfd fds[6] = {
         {.fd = engine->stopping ? -1 : engine->stop, .events = POLLIN},
         {.fd = wish->kick ? engine->kick : -1, .events = POLLIN},
         {.fd = engine->ahead && wish->pages ? vu_ahead_fd(engine->queue) : -1, .events = POLLIN},
         wish->other[0],
         wish->other[1],
+        {.fd = vu_queue_translated_fd(engine->queue), .events = POLLIN},
     };
+    eventfd_t seen;
     struct timespec pause = polled_sleep(engine);
     bool polled = engine->kick < 0 && wish->kick;
 
-    if (ppoll(fds, 5, polled ? &pause : NULL, NULL) < 0)
+    if (ppoll(fds, 6, polled ? &pause : NULL, NULL) < 0)
         return errno == EINTR ? 0 : VU_E_SYS;
     engine->stopping |= fds[0].revents != 0;
+    if (fds[5].revents)
+        eventfd_read(fds[5].fd, &seen);
     if (fds[1].revents & POLLIN)
         drain_kick(engine);
     else if (fds[1].revents)

@@ -382,6 +382,14 @@ bool vu_map_window(const vu_map *map, uint64_t guest, struct vu_window *window)
     return range;
 }
 
+bool vu_map_user_window(const vu_map *map, uint64_t user, struct vu_user_window *window)
+{
+    const struct range *range = find(map->by_user, map->count, user);
+    if (range)
+        *window = (struct vu_user_window){range->start, range->length, range->region->info.guest, range->host};
+    return range;
+}
+
 uint8_t *vu_map_guest(const vu_map *map, uint64_t guest, uint64_t length)
 {
     uint64_t run = 0;
@@ -394,6 +402,16 @@ uint8_t *vu_map_user(const vu_map *map, uint64_t user, uint64_t length)
     uint64_t run = 0;
     uint8_t *host = run_of(find(map->by_user, map->count, user), user, length, &run);
     return run == length ? host : NULL;
+}
+
+int vu_map_host_to_guest(const vu_map *map, const void *host, uint64_t *guest)
+{
+    const struct range *range = map->by_guest, *end = range + map->count;
+    while (range < end && (uintptr_t)host - (uintptr_t)range->host >= range->length)
+        range++;
+    if (range < end)
+        *guest = range->start + ((uintptr_t)host - (uintptr_t)range->host);
+    return range < end ? 0 : VU_E_RANGE;
 }
 
 uint64_t vu_map_page_size(const vu_map *map, const void *host)

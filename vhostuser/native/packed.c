@@ -47,18 +47,11 @@ static int take_base(vu_queue *queue, uint32_t base)
 
 /* The dirty log wants guest addresses of what we write. Those of the ring itself are known from the map; the one that
  * SET_VRING_ADDR gives is of no use, since QEMU gives that of the device area for both. */
-static int find_guest(const vu_queue *queue, uint64_t address, uint64_t *guest)
-{
-    int code = 0;
-    *guest = queue->flags & VU_RING_GUEST_ADDR ? address : vu_map_user_to_guest(queue->map, address, &code);
-    return code;
-}
-
 static int check_log(vu_queue *queue, const struct vu_ring *ring)
 {
-    int code = find_guest(queue, ring->desc, &queue->packed.ring_guest);
+    int code = vu_map_host_to_guest(queue->map, queue->packed.ring, &queue->packed.ring_guest);
     if (!code)
-        code = find_guest(queue, ring->used, &queue->packed.device_guest);
+        code = vu_map_host_to_guest(queue->map, queue->packed.device, &queue->packed.device_guest);
     if (!code)
         code = vu_log_check(queue->log, queue->packed.ring_guest, vu_desc_bytes(ring->size));
     return code ? code : vu_log_check(queue->log, queue->packed.device_guest, sizeof *queue->packed.device);
@@ -66,13 +59,16 @@ static int check_log(vu_queue *queue, const struct vu_ring *ring)
 
 static int setup(vu_queue *queue, const struct vu_ring *ring)
 {
+    struct vu_part descriptors = {ring->desc, vu_desc_bytes(ring->size), 16, VU_ACCESS_BOTH};
+    struct vu_part driver = {ring->avail, sizeof *queue->packed.driver, 4, VU_ACCESS_READ};
+    struct vu_part device = {ring->used, sizeof *queue->packed.device, 4, VU_ACCESS_BOTH};
     int code = take_base(queue, ring->base);
     if (!code)
-        code = vu_queue_place(queue, ring->desc, vu_desc_bytes(ring->size), 16, &queue->packed.ring);
+        code = vu_queue_place(queue, &descriptors, &queue->packed.ring);
     if (!code)
-        code = vu_queue_place(queue, ring->avail, sizeof *queue->packed.driver, 4, &queue->packed.driver);
+        code = vu_queue_place(queue, &driver, &queue->packed.driver);
     if (!code)
-        code = vu_queue_place(queue, ring->used, sizeof *queue->packed.device, 4, &queue->packed.device);
+        code = vu_queue_place(queue, &device, &queue->packed.device);
     if (!code && ring->flags & VU_RING_LOG_USED && queue->log)
         code = check_log(queue, ring);
     if (code)
@@ -195,7 +191,6 @@ static struct vu_slot *free_slot(const vu_queue *queue)
 static void hold(vu_queue *queue, struct vu_slot *slot, vu_chain **chain)
 {
     queue->packed.free_count--;
-    slot->out = true;
     *chain = &slot->chain;
 }
 
@@ -226,7 +221,11 @@ static int pop_resubmitted(vu_queue *queue, vu_chain **chains, uint32_t max, vol
     atomic_store_explicit(&queue->broken_head, 0, memory_order_relaxed);
     while (*done < max && queue->resubmit_next < queue->resubmit_count) {
         struct vu_slot *slot = free_slot(queue);
-        int code = parse_saved(queue, slot, &queue->resubmit[queue->resubmit_next]);
+        int code;
+        do {
+            code = parse_saved(queue, slot, &queue->resubmit[queue->resubmit_next]);
+            code = code ? code : vu_slot_hold(queue, slot);
+        } while (code == VU_E_STALE);
         if (code)
             return code;
         hold(queue, slot, &chains[*done]);
@@ -260,7 +259,11 @@ static int take(vu_queue *queue, vu_chain **chain)
     struct vu_place at = queue->packed.next_avail;
     atomic_store_explicit(&queue->broken_head, at.index, memory_order_relaxed);
     struct vu_slot *slot = free_slot(queue);
-    int code = parse(queue, slot);
+    int code;
+    do {
+        code = parse(queue, slot);
+        code = code ? code : vu_slot_hold(queue, slot);
+    } while (code == VU_E_STALE);
     if (code)
         return code;
     if (queue->inflight.packed)

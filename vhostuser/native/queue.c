@@ -12,11 +12,13 @@
 
 /* ---- life ---------------------------------------------------------------------------------------------- */
 
-static int open_queue(vu_queue *queue, const struct vu_ring *ring, vu_inflight *inflight)
+static int open_queue(vu_queue *queue, const struct vu_ring *ring, vu_inflight *inflight, vu_iotlb *iotlb)
 {
     if (!ring->size || ring->size > VU_RING_SIZE_MAX)
         return VU_E_SIZE;
-    int code = queue->format->setup(queue, ring);
+    int code = iotlb ? vu_translator_open(queue, iotlb, ring->index) : 0;
+    if (!code)
+        code = queue->format->setup(queue, ring);
     if (!code && inflight)
         code = vu_inflight_attach(inflight, ring->index, ring->size, ring->flags & VU_RING_PACKED, &queue->inflight);
     if (!code)
@@ -29,7 +31,8 @@ static int open_queue(vu_queue *queue, const struct vu_ring *ring, vu_inflight *
     return queue->slots && (queue->resubmit || !inflight) ? 0 : VU_E_NOMEM;
 }
 
-vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_inflight *inflight, int *error)
+vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_inflight *inflight, vu_iotlb *iotlb,
+                       int *error)
 {
     vu_queue *queue = calloc(1, sizeof *queue);
     if (!queue) {
@@ -50,7 +53,7 @@ vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_
     queue->format = ring->flags & VU_RING_PACKED ? &vu_packed : &vu_split;
     queue->log_addr = ring->log_addr;
     atomic_init(&queue->call, -1);
-    *error = open_queue(queue, ring, inflight);
+    *error = open_queue(queue, ring, inflight, iotlb);
     if (!*error)
         return queue;
     vu_queue_free(queue);
@@ -63,9 +66,12 @@ void vu_queue_free(vu_queue *queue)
         return;
     if (queue->ahead)
         vu_ahead_free(queue->ahead);
-    for (uint32_t i = 0; queue->slots && i < queue->size; i++)
+    vu_translator_close(queue);
+    for (uint32_t i = 0; queue->slots && i < queue->size; i++) {
         if (queue->slots[i].capacity > VU_SLOT_SEGMENTS)
             free(queue->slots[i].chain.segments);
+        free(queue->slots[i].iovas);
+    }
     if (queue->flags & VU_RING_PACKED)
         free(queue->packed.free);
     free(queue->slots);
@@ -78,17 +84,28 @@ void vu_queue_free(vu_queue *queue)
     free(queue);
 }
 
-int vu_queue_place(const vu_queue *queue, uint64_t address, uint64_t bytes, uint64_t alignment, void *host)
+static int find_part(vu_queue *queue, const struct vu_part *part, uint8_t **host)
 {
-    if (address % alignment)
+    if (queue->translator)
+        return vu_translate_part(queue, part->address, part->bytes, part->access, host);
+    *host = queue->flags & VU_RING_GUEST_ADDR ? vu_map_guest(queue->map, part->address, part->bytes)
+                                              : vu_map_user(queue->map, part->address, part->bytes);
+    return *host ? 0 : VU_E_RANGE;
+}
+
+int vu_queue_place(vu_queue *queue, const struct vu_part *part, void *host)
+{
+    uint8_t *at;
+    if (part->address % part->alignment)
         return VU_E_ALIGN;
-    if (bytes > UINT64_MAX - address)
+    if (part->bytes > UINT64_MAX - part->address)
         return VU_E_OVERFLOW;
-    uint8_t *at = queue->flags & VU_RING_GUEST_ADDR ? vu_map_guest(queue->map, address, bytes)
-                                                     : vu_map_user(queue->map, address, bytes);
+    int code = find_part(queue, part, &at);
+    if (code)
+        return code;
     memcpy(host, &at, sizeof at);
     /* A region's offset in its page can make our address less aligned than the front-end's. */
-    return !at ? VU_E_RANGE : (uintptr_t)at % alignment ? VU_E_ALIGN : 0;
+    return (uintptr_t)at % part->alignment ? VU_E_ALIGN : 0;
 }
 
 /* ---- what others may ask --------------------------------------------------------------------------------- */
@@ -261,14 +278,20 @@ static int leave(vu_queue *queue, struct vu_guard *guard, enum phase phase, int 
     vu_guard_leave(guard);
     if (queue->log)
         vu_log_tell(queue->log);
+    if (code == VU_E_MISSING) /* nothing is wrong: what comes next waits */
+        return 0;
     return code < 0 ? break_queue(queue, phase, code) : code;
 }
 
 static int pop_guarded(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32_t *done)
 {
     struct vu_guard guard;
+    if (queue->translator && vu_translator_waits(queue))
+        return 0;
     ENTER(queue, guard, TAKING);
     int code = queue->started ? 0 : queue->format->start(queue);
+    if (queue->translator)
+        vu_translator_begin(queue);
     if (!code)
         code = queue->format->pop(queue, chains, max, done);
     return leave(queue, &guard, TAKING, code);
@@ -285,6 +308,16 @@ int vu_queue_pop(vu_queue *queue, vu_chain **chains, uint32_t max)
     return count ? (int)count : code;
 }
 
+static void release_all(vu_queue *queue, vu_chain *const *chains, uint32_t count)
+{
+    if (queue->translator)
+        vu_translator_lock(queue);
+    for (uint32_t i = 0; i < count; i++)
+        vu_chain_release(queue, chains[i]);
+    if (queue->translator)
+        vu_translator_unlock(queue);
+}
+
 static int unpop_guarded(vu_queue *queue, vu_chain *const *chains, uint32_t count)
 {
     struct vu_guard guard;
@@ -297,8 +330,7 @@ static int unpop_guarded(vu_queue *queue, vu_chain *const *chains, uint32_t coun
 int vu_queue_unpop(vu_queue *queue, vu_chain *const *chains, uint32_t count)
 {
     int code = unpop_guarded(queue, chains, count);
-    for (uint32_t i = 0; i < count; i++)
-        vu_chain_release(queue, chains[i]);
+    release_all(queue, chains, count);
     vu_add(&queue->out, -(uint64_t)count);
     return code;
 }
@@ -316,8 +348,7 @@ int vu_queue_push(vu_queue *queue, vu_chain *const *chains, const uint32_t *leng
         return atomic_load(&queue->broken);
     count_returned(queue, chains, lengths, count);
     int code = push_guarded(queue, chains, lengths, count);
-    for (uint32_t i = 0; i < count; i++)
-        vu_chain_release(queue, chains[i]);
+    release_all(queue, chains, count);
     return code;
 }
 
@@ -326,7 +357,9 @@ int vu_queue_arm(vu_queue *queue)
     struct vu_guard guard;
     ENTER(queue, guard, TAKING);
     int code = queue->started ? 0 : queue->format->start(queue);
-    return leave(queue, &guard, TAKING, code ? code : queue->format->arm(queue));
+    code = code ? code : queue->format->arm(queue);
+    /* What is there already cannot be had before it is translated, which wakes the thread. */
+    return leave(queue, &guard, TAKING, code > 0 && queue->translator && vu_translator_waits(queue) ? 0 : code);
 }
 
 int vu_queue_disarm(vu_queue *queue)

@@ -226,6 +226,7 @@ struct vu_slot {
     _Atomic uint64_t since; /* when it was popped, in nanoseconds; 0: it is not out */
     bool again; /* a process before us had taken it */
     vu_segment few[VU_SLOT_SEGMENTS]; /* a block request of one page needs three */
+    uint64_t *iovas; /* [capacity] behind an IOMMU: where the driver has the segments; NULL until the first is known */
 };
 
 struct vu_queue {
@@ -280,16 +281,23 @@ struct vu_queue {
     struct vu_span extra[2]; /* log and in-flight region, for guards */
     vu_touch *touch;
     struct vu_ahead *ahead;
+    struct vu_translator *translator; /* NULL without an IOMMU */
 };
 
-/* The host address of one part of the ring, aligned and wholly in one region, since a ring is an array to us: 0,
- * VU_E_ALIGN, VU_E_OVERFLOW or VU_E_RANGE. */
-int vu_queue_place(const vu_queue *queue, uint64_t address, uint64_t bytes, uint64_t alignment, void *host);
+/* The host address of one part of the ring, aligned and in one piece, since a ring is an array to us: 0, VU_E_ALIGN,
+ * VU_E_OVERFLOW or VU_E_RANGE; behind an IOMMU also VU_E_MISSING, VU_E_ACCESS or VU_E_PIECES. */
+struct vu_part {
+    uint64_t address, bytes, alignment;
+    uint32_t access; /* VU_ACCESS_ */
+};
+int vu_queue_place(vu_queue *queue, const struct vu_part *part, void *host);
 
 /* An empty chain in the slot. */
 void vu_slot_begin(struct vu_slot *slot, uint16_t head);
 /* Adds what one descriptor names to the chain of the slot: 0, VU_E_ORDER, _OVERFLOW, _RANGE, _SIZE or _NOMEM. */
 int vu_slot_add(vu_queue *queue, struct vu_slot *slot, const struct vu_desc *desc);
+/* Room for twice as many segments, or NULL. */
+vu_segment *vu_slot_outgrow(vu_queue *queue, struct vu_slot *slot);
 /* The chain has been pushed, or given back: its slot is free. Again: nothing. */
 void vu_chain_release(vu_queue *queue, vu_chain *chain);
 /* What the driver is told of the i-th chain of a push, in bytes; without lengths, as far as it was filled. */
@@ -301,6 +309,38 @@ static inline uint32_t vu_chain_told(const vu_chain *chain, const uint32_t *leng
 
 /* Marks what was written into the chain: at least `length` bytes, which are no more than it has room for. */
 int vu_chain_log(vu_queue *queue, const vu_chain *chain, uint64_t length);
+
+/* ---- a queue behind an IOMMU (translate.c) ---------------------------------------------------------------------------- */
+
+#define VU_E_STALE -100 /* of this file and its users only: a translation has gone, parse again */
+
+/* 0, VU_E_NOMEM, VU_E_SYS, or VU_E_SIZE where the IOTLB knows no such ring. */
+int vu_translator_open(vu_queue *queue, vu_iotlb *iotlb, uint32_t ring);
+void vu_translator_close(vu_queue *queue);
+/* Of a part of the ring; what is in use from here on. */
+int vu_translate_part(vu_queue *queue, uint64_t iova, uint64_t bytes, uint32_t access, uint8_t **host);
+/* The first run of [iova, iova + length), length not 0: 0, VU_E_MISSING, VU_E_ACCESS or VU_E_RANGE. */
+int vu_translate(vu_queue *queue, uint64_t iova, uint64_t length, uint32_t access, vu_segment *found);
+/* Adds a buffer to the chain of the slot; what is missing shows when the chain is held. */
+int vu_translate_buffer(vu_queue *queue, struct vu_slot *slot, uint64_t iova, uint64_t left, bool writable);
+/* Whether the ring waits for something that it has asked for. */
+bool vu_translator_waits(const vu_queue *queue);
+/* Before chains are parsed. */
+void vu_translator_begin(vu_queue *queue);
+/* The chain that was parsed uses its addresses from here on: 0, VU_E_STALE or VU_E_MISSING. */
+int vu_translator_hold(vu_queue *queue, struct vu_slot *slot);
+/* Around what makes chains use theirs no longer. */
+void vu_translator_lock(vu_queue *queue);
+void vu_translator_unlock(vu_queue *queue);
+
+/* The chain of the slot was parsed and is out from here on: 0, VU_E_STALE or VU_E_MISSING. */
+static inline int vu_slot_hold(vu_queue *queue, struct vu_slot *slot)
+{
+    if (queue->translator)
+        return vu_translator_hold(queue, slot);
+    slot->out = true;
+    return 0;
+}
 
 /* ---- tables of descriptors (table.c) ------------------------------------------------------------------------------- */
 

@@ -27,13 +27,19 @@ static int setup(vu_queue *queue, const struct vu_ring *ring)
     if (ring->size & (ring->size - 1))
         return VU_E_SIZE;
     atomic_init(&queue->base, (uint16_t)ring->base);
-    int code = vu_queue_place(queue, ring->desc, vu_desc_bytes(ring->size), 16, &queue->desc);
+    struct vu_part desc = {ring->desc, vu_desc_bytes(ring->size), 16, VU_ACCESS_READ};
+    struct vu_part avail = {ring->avail, vu_avail_bytes(ring->size), 2, VU_ACCESS_READ};
+    struct vu_part used = {ring->used, vu_used_bytes(ring->size), 4, VU_ACCESS_BOTH};
+    int code = vu_queue_place(queue, &desc, &queue->desc);
     if (!code)
-        code = vu_queue_place(queue, ring->avail, vu_avail_bytes(ring->size), 2, &queue->avail);
+        code = vu_queue_place(queue, &avail, &queue->avail);
     if (!code)
-        code = vu_queue_place(queue, ring->used, vu_used_bytes(ring->size), 4, &queue->used);
+        code = vu_queue_place(queue, &used, &queue->used);
+    /* QEMU gives an I/O virtual address for the log too, the text says a guest address: where we write says itself. */
+    if (!code && queue->translator)
+        code = vu_map_host_to_guest(queue->map, queue->used, &queue->log_addr);
     if (!code && ring->flags & VU_RING_LOG_USED && queue->log)
-        code = vu_log_check(queue->log, ring->log_addr, vu_used_bytes(ring->size));
+        code = vu_log_check(queue->log, queue->log_addr, vu_used_bytes(ring->size));
     return code;
 }
 
@@ -96,12 +102,13 @@ static int take(vu_queue *queue, uint16_t head, vu_chain **chain)
     if (head >= queue->size || queue->slots[head].out)
         return VU_E_HEAD;
     struct vu_slot *slot = &queue->slots[head];
-    int code = parse(queue, slot, head);
-    if (code)
-        return code;
-    slot->out = true;
+    int code;
+    do {
+        code = parse(queue, slot, head);
+        code = code ? code : vu_slot_hold(queue, slot);
+    } while (code == VU_E_STALE);
     *chain = &slot->chain;
-    return 0;
+    return code;
 }
 
 /* ---- pop ----------------------------------------------------------------------------------------------- */

@@ -16,7 +16,9 @@ from tests.conformance.plain.disk import Disk
 from tests.conformance.plain.inflight import Inflight, InflightQueue
 from tests.conformance.plain.net import Discard, Interface, Loop
 from tests.conformance.plain.queue import Queue
+from vhostuser import connection
 from vhostuser.devices import blk, net
+from vhostuser.protocol import VirtioFeature
 from vhostuser.tools import network
 from vhostuser.virtqueue import InflightRegion, RingSetup
 
@@ -26,9 +28,11 @@ __all__ = ["Disk", "InflightQueue", "Interface", "Loop", "Queue", "install", "ov
 def install() -> None:
     """Has this process serve its rings by this data path."""
 
-    def opened(setup: RingSetup, memory: Any, *, log: Any = None, inflight: Any = None) -> Queue:
+    def opened(setup: RingSetup, memory: Any, *, log: Any = None, inflight: Any = None, iotlb: None = None) -> Queue:
         return Queue(setup, memory, log, inflight)
 
+    # It serves rings whose addresses need no translation.
+    connection.TRANSPORT_FEATURES &= ~VirtioFeature.ACCESS_PLATFORM.mask
     RingSetup.open = opened  # type: ignore[method-assign,assignment]
     blk.BlkEngine = Disk  # type: ignore[misc,assignment]
     net.NetEngine = Interface  # type: ignore[misc,assignment]

@@ -17,7 +17,8 @@ from tests.conformance.plain.ring import INDIRECT, NEXT, NO_INTERRUPT, WRITE, Ba
 from vhostuser._native import lib
 from vhostuser.memory import DirtyLog, GuestMemory, explain
 from vhostuser.protocol import QueueBroken, VirtioFeature
-from vhostuser.virtqueue import QueueStats, RingSetup
+from vhostuser.queuestats import QueueStats
+from vhostuser.virtqueue import RingSetup
 
 Piece = tuple[int, int]
 """Guest address and bytes, in one region."""
