@@ -75,6 +75,7 @@ ALLOWED = {
         "frontend.services",
     }
     | FRONT,
+    "frontend.iommu": {"protocol", "frontend.frontend"} | FRONT,
     "faultserver.placement": {"protocol", "uffd"},
     "faultserver.stats": set(),
     "faultserver.sources": {"protocol", "_native"},

@@ -454,10 +454,6 @@ def _by_hook(fulfil: Callable[[HookRequests, Request], Awaitable[Reply | None]])
     return lambda connection, request: fulfil(connection._of_hooks, request)
 
 
-def _by_iommu(fulfil: Callable[[IommuRequests, Request], Awaitable[Reply | None]]) -> _Handler:
-    return lambda connection, request: fulfil(connection._of_iommu, request)
-
-
 HANDLERS: dict[int, _Handler] = {
     FrontendRequest.POSTCOPY_ACK: Connection._postcopy_ack,
     FrontendRequest.SET_FEATURES: Connection._set_features,
@@ -476,7 +472,7 @@ HANDLERS: dict[int, _Handler] = {
     FrontendRequest.SEND_RARP: _by_device(DeviceRequests.send_rarp),
     FrontendRequest.NET_SET_MTU: _by_device(DeviceRequests.net_set_mtu),
     FrontendRequest.SET_BACKEND_REQ_FD: Connection._set_backend_req_fd,
-    FrontendRequest.IOTLB_MSG: _by_iommu(IommuRequests.iotlb_msg),
+    FrontendRequest.IOTLB_MSG: lambda connection, request: connection._of_iommu.iotlb_msg(request),
     FrontendRequest.GET_CONFIG: _by_device(DeviceRequests.get_config),
     FrontendRequest.SET_STATUS: _by_device(DeviceRequests.set_status),
     FrontendRequest.RESET_DEVICE: _by_device(DeviceRequests.reset_device),

@@ -90,6 +90,7 @@ class IommuRequests:
         self._untold.clear()
         if self._life.iotlb is not None:
             asyncio.get_running_loop().remove_reader(self._life.iotlb.fd)
+            self._life.iotlb.close()
             self._life.iotlb = None
 
 

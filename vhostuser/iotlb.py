@@ -37,11 +37,17 @@ class DeviceIotlb:
             raise OSError(ffi.errno, f"no device IOTLB: {explain(error[0])}")
         self.native = ffi.gc(native, lib.vu_iotlb_put)
         self.fd: int = lib.vu_iotlb_fd(native)
-        """Readable when ``take`` has something. Closed with the object."""
+        """Readable when ``take`` has something."""
 
     def __len__(self) -> int:
         """Translations; those that are neighbours on both sides count as one."""
         return int(lib.vu_iotlb_count(self.native))
+
+    def look(self, iova: int) -> tuple[int, int] | None:
+        """The front-end's address and the access that is permitted; None where nothing is known. Asks nobody."""
+        user = ffi.new("uint64_t *")
+        access: int = lib.vu_iotlb_look(self.native, iova, user)
+        return (int(user[0]), access) if access else None
 
     def take(self) -> list[Question]:
         """What was asked and not taken before."""
@@ -66,6 +72,10 @@ class DeviceIotlb:
     def clear(self) -> None:
         """Forgets everything, questions too. Only while no ring runs."""
         lib.vu_iotlb_clear(self.native)
+
+    def close(self) -> None:
+        """Lets go of it; queues that are open keep their own reference. Nothing else may be called any more."""
+        ffi.release(self.native)
 
     def _check(self, code: int, iova: int, size: int) -> None:
         if code:

@@ -11,7 +11,15 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from vhostuser.frontend import ClientRegion, Frontend, FrontendRing, PostcopyClient, ReplyTimeout, SharedMemory
+from vhostuser.frontend import (
+    DRIVABLE,
+    ClientRegion,
+    Frontend,
+    FrontendRing,
+    PostcopyClient,
+    ReplyTimeout,
+    SharedMemory,
+)
 from vhostuser.protocol import LocalProtocolError, ProtocolFeature, RemoteProtocolError, RequestRefused, VirtioFeature
 from vhostuser.tools.postcopy.record import Base, Outcome, Probe, Record, Step
 from vhostuser.tools.postcopy.rules import ACK, ADVISE, END, LISTEN, OFFER, RINGS, TABLE
@@ -20,8 +28,8 @@ from vhostuser.uffd import Fault, Userfaultfd
 
 T = TypeVar("T")
 
-# Not offered by our drivers' rings, or not wanted: the dirty log has nothing to do with postcopy.
-_WITHOUT = VirtioFeature.RING_EVENT_IDX.mask | VirtioFeature.RING_PACKED.mask | VirtioFeature.LOG_ALL.mask
+# The run's drivers ask for no kicks by index.
+_FEATURES = DRIVABLE & ~VirtioFeature.RING_EVENT_IDX.mask
 
 
 class StepFailed(Exception):
@@ -59,7 +67,7 @@ class Conversation:
         await self._step(OFFER, self._offer(needed))
 
     async def _offer(self, needed: Sequence[ProtocolFeature | VirtioFeature]) -> None:
-        await self.frontend.negotiate(features=~_WITHOUT)
+        await self.frontend.negotiate(features=_FEATURES)
         session = self.frontend.session
         if lacking := [feature.name for feature in needed if not session.has(feature)]:
             raise RequestRefused(f"{' and '.join(lacking)} not offered")

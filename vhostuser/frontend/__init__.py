@@ -2,6 +2,7 @@
 
 from vhostuser.frontend.channel import Answerer, BackendEvent, BackendRequests, notifying
 from vhostuser.frontend.frontend import DRIVABLE, DRIVABLE_PROTOCOL, Frontend, Listener
+from vhostuser.frontend.iommu import Iommu, Mapping
 from vhostuser.frontend.memory import SharedLog, SharedMemory, SharedRegion
 from vhostuser.frontend.postcopy import ClientRegion, PostcopyClient
 from vhostuser.frontend.requests import ReplyTimeout
@@ -21,7 +22,9 @@ __all__ = [
     "Frontend",
     "FrontendRing",
     "InflightBuffer",
+    "Iommu",
     "Listener",
+    "Mapping",
     "ObjectRegistry",
     "PostcopyClient",
     "RawMessage",

@@ -187,8 +187,9 @@ class Frontend(Calls):
         if queue.packed != self.session.has(VirtioFeature.RING_PACKED):
             kind = "packed" if queue.packed else "split"
             raise LocalProtocolError(FrontendRequest.SET_VRING_NUM, f"ring {index} is {kind}, which was not negotiated")
-        gpa = self.session.has(ProtocolFeature.GPA_ADDRESSES)
-        user = int if gpa else memory.map.guest_to_host
+        # Behind an IOMMU drivers know I/O virtual addresses alone, and those are what is told.
+        as_it_is = self.session.has(ProtocolFeature.GPA_ADDRESSES) or self.session.has(VirtioFeature.ACCESS_PLATFORM)
+        user = int if as_it_is else memory.map.guest_to_host
         log = queue.used if log_used else None
         await self.set_vring_num(index, queue.size)
         await self.set_vring_base(index, queue.first_base if base is None else base)

@@ -134,6 +134,7 @@ int vu_iotlb_update(vu_iotlb *iotlb, const vu_map *map, uint64_t iova, uint64_t 
  * VU_E_SIZE, VU_E_OVERFLOW. */
 int vu_iotlb_invalidate(vu_iotlb *iotlb, uint64_t iova, uint64_t size);
 void vu_iotlb_clear(vu_iotlb *iotlb); /* everything, questions too. Only while no ring runs */
+int vu_iotlb_look(vu_iotlb *iotlb, uint64_t iova, uint64_t *user); /* VU_ACCESS_, 0 where nothing is; asks nobody */
 uint32_t vu_iotlb_count(vu_iotlb *iotlb); /* translations; neighbours in all respects are one */
 
 /* ---- device side of a ring (queue.c whatever the format, split.c, packed.c) ------------------------------- */

@@ -440,6 +440,17 @@ void vu_iotlb_clear(vu_iotlb *iotlb)
     vu_iotlb_unlock(iotlb);
 }
 
+int vu_iotlb_look(vu_iotlb *iotlb, uint64_t iova, uint64_t *user)
+{
+    vu_iotlb_lock(iotlb);
+    const struct vu_mapping_of_iova *mapping = holder(iotlb, iova);
+    int access = mapping ? (int)mapping->access : 0;
+    if (mapping)
+        *user = mapping->user + (iova - mapping->at.first);
+    vu_iotlb_unlock(iotlb);
+    return access;
+}
+
 uint32_t vu_iotlb_count(vu_iotlb *iotlb)
 {
     vu_iotlb_lock(iotlb);

@@ -409,8 +409,7 @@ int vu_map_host_to_guest(const vu_map *map, const void *host, uint64_t *guest)
     const struct range *range = map->by_guest, *end = range + map->count;
     while (range < end && (uintptr_t)host - (uintptr_t)range->host >= range->length)
         range++;
-    if (range < end)
-        *guest = range->start + ((uintptr_t)host - (uintptr_t)range->host);
+    *guest = range < end ? range->start + ((uintptr_t)host - (uintptr_t)range->host) : 0;
     return range < end ? 0 : VU_E_RANGE;
 }
 
