@@ -79,6 +79,12 @@ class TestOurs:
         (found,) = runs_of("--latency=2000", "--bandwidth=50", "--requests=40", "--order=none")
         assert found["clients"][0]["fault_to_wake_us"]["50 %"] >= 2000
 
+    @pytest.mark.parametrize("placement", ["copy", "continue"])
+    def test_several_streams_bring_pages_side_by_side(self, placement: str) -> None:
+        (found,) = runs_of("--streams=4", "--bandwidth=20", "--latency=500", f"--placement={placement}")
+        assert found["settings"]["source"].startswith("4 x 20 MiB/s, 500 us")
+        assert found["clients"][0]["faults"] > 10
+
     def test_descriptors_may_lie_in_indirect_tables(self) -> None:
         (direct,) = runs_of("--order=none")
         (indirect,) = runs_of("--order=none", "--indirect")

@@ -73,6 +73,8 @@ class Options:
     bandwidth: int
     """Bytes a second of the source, 0: no limit."""
     latency: float
+    streams: int
+    """Lines of that bandwidth and latency, side by side."""
     withhold: int
     """Per cent of the pages that requests refer to which come only when somebody waits for them."""
     zeros: int
@@ -192,6 +194,9 @@ def _add_source(parser: Parser) -> None:
         "--latency", metavar="US", type=number(0, 10_000_000), default=0, help="of each page asked for, default 0"
     )
     group.add_argument(
+        "--streams", metavar="N", type=number(1, 16), default=1, help="such lines side by side, default 1"
+    )
+    group.add_argument(
         "--zeros",
         metavar="PERCENT",
         type=number(0, 100),
@@ -250,6 +255,7 @@ def _options(parser: Parser, given: argparse.Namespace) -> Options:
         placement=given.placement,
         bandwidth=given.bandwidth * MIB,
         latency=given.latency / 1e6,
+        streams=given.streams,
         withhold=given.withhold,
         zeros=given.zeros,
         requests=given.requests,

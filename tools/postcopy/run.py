@@ -51,11 +51,12 @@ def _settings(options: Options, flow: Flow, wake: Wake) -> dict[str, object]:
     files = "one file" if options.one_file else "a file each"
     kind = "indirect" if options.indirect else "direct"
     speed = f"{options.bandwidth // MIB} MiB/s" if options.bandwidth else "no limit"
+    lines = f"{options.streams} x " if options.streams > 1 else ""
     return {
         "back-end": f"{options.clients} x {options.command or ', '.join(map(str, options.sockets))}",
         "memory": f"{options.memory // MIB} MiB in {options.regions} regions of {page} pages, {files}",
         "flow": {Flow.TABLE: "SET_MEM_TABLE", Flow.REGIONS: "ADD_MEM_REG"}[flow],
-        "source": f"{speed}, {options.latency * 1e6:g} us, {options.zeros} % zeros",
+        "source": f"{lines}{speed}, {options.latency * 1e6:g} us, {options.zeros} % zeros",
         "order": f"{options.order}, {options.withhold} % only on demand",
         "placement": f"{options.placement}, wake {wake}",
         "load": f"{options.depth} requests in flight, {kind} descriptors, seed {options.seed}",

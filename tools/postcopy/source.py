@@ -1,4 +1,4 @@
-"""The source of a run's pages: a copy of what guest memory held, behind a link of some bandwidth and latency.
+"""The source of a run's pages: a copy of what guest memory held, behind links of some bandwidth and latency.
 
 What belongs here: the delay of every page. What does not: who asks for which page (``vhostuser.faultserver``).
 """
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from vhostuser.faultserver import Feed, FilePiece, MappedFile
+from vhostuser.faultserver import Channels, Feed, FilePiece, MappedFile
 from vhostuser.tools.postcopy.options import Options
 
 _THREADS = 8
@@ -79,9 +79,7 @@ def pieces(data: bytes, page_size: int) -> Iterator[tuple[int, bytes | int]]:
         yield offsets[0], end - offsets[0] if is_zero else data[offsets[0] : end]
 
 
-def make_source(
-    fd: int, regions: Sequence[tuple[int, int]], options: Options, page_size: int
-) -> DelayedSource | MappedFile:
+def make_source(fd: int, regions: Sequence[tuple[int, int]], options: Options, page_size: int) -> Channels | MappedFile:
     """The source for a file in which regions (guest address, bytes) lie one after the other. ``fd`` stays the caller's
     and open. Where nothing is asked of it, it is placed from straight away."""
     files, offset = [], 0
@@ -89,5 +87,6 @@ def make_source(
         files.append(FilePiece(guest, size, fd, offset))
         offset += size
     if options.bandwidth or options.latency or options.zeros:
-        return DelayedSource(files, options.bandwidth, options.latency, page_size)
+        lines = (DelayedSource(files, options.bandwidth, options.latency, page_size) for _ in range(options.streams))
+        return Channels(*lines)
     return MappedFile(*files)
