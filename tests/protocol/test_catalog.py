@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.test_site import script
 from tests.protocol.samples import CASES, Case
 from vhostuser.protocol import BACKEND, FRONTEND, MAX_FDS, U64, feature_names, protocol_feature_names
 from vhostuser.protocol import BackendRequest as B
 from vhostuser.protocol import FrontendRequest as F
 from vhostuser.protocol import ProtocolFeature as P
 from vhostuser.protocol import VirtioFeature as V
-from vhostuser.protocol.table import table
 
 every_message = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -136,6 +136,4 @@ def test_a_log_in_shared_memory_is_answered_with_success() -> None:
 
 def test_the_message_table_is_current() -> None:
     path = Path(__file__).parents[2] / "docs" / "messages.md"
-    assert path.read_text() == table(), (
-        "run: python -c 'from vhostuser.protocol.table import table; print(table(), end=\"\")' > docs/messages.md"
-    )
+    assert path.read_text() == script("messages").page(), "run: python docs/messages.py"
