@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from vhostuser.protocol import (
     BACKEND,
     FRONTEND,
+    NEED_REPLY,
     U64,
+    VERSION,
     Answer,
     BackendSession,
     Client,
@@ -43,6 +45,7 @@ from vhostuser.protocol import (
     XenMemoryRegion,
     XenMemoryTable,
     XenSingleRegion,
+    encode,
 )
 from vhostuser.protocol import BackendRequest as B
 from vhostuser.protocol import FrontendRequest as F
@@ -245,3 +248,18 @@ def connect_for(case: Case) -> Pair:
     if case.row.from_backend:
         pair.asking, pair.answering = pair.back.channel(), pair.front.channel()
     return pair
+
+
+def fresh(features: int = ALL_VIRTIO, protocol_features: int = ALL_PROTOCOL) -> Pair:
+    """Connected, and nothing said yet."""
+    front, back = FrontendSession(2), BackendSession(features, protocol_features, 2)
+    return Pair(front, back, front, back)
+
+
+def send(
+    pair: Pair, code: int, payload: Payload | None = None, *, fds: tuple[int, ...] = (), ask: bool = False
+) -> Request:
+    """A request past all the checks of our own sender."""
+    request = read(pair.answering, Outgoing(encode(code, VERSION | NEED_REPLY * ask, payload), fds))
+    assert isinstance(request, Request)
+    return request

@@ -1,6 +1,7 @@
 """Tests of the runtime run on asyncio and on uvloop."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -48,3 +49,16 @@ def image(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "disk"
     path.write_bytes(b"".join(bytes([page + 1]) * PAGE for page in range(64)))
     yield path
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes one function fail as with a full table of descriptors."""
+
+    def fail(name: str) -> None:
+        def raise_(*_: object, **__: object) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(name, raise_)
+
+    return fail

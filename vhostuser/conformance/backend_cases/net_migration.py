@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from vhostuser.conformance.backend_cases.postcopy import PATTERN, Migration, migrate
 from vhostuser.conformance.bench import Need
 from vhostuser.conformance.frames import NetFeature, frame, same
+from vhostuser.conformance.migration import PATTERN, Migration, migrate
 from vhostuser.conformance.nic import AREA, EACH, USUAL, Nic, plug
 from vhostuser.conformance.peer import RINGS, Peer
 from vhostuser.conformance.suite import Theme, Violation, check, equal

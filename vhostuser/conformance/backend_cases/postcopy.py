@@ -6,21 +6,15 @@ What belongs here: what one back-end must do, step by step. What does not: load 
 from __future__ import annotations
 
 import asyncio
-import errno
-import mmap
 import os
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 from vhostuser.conformance.bench import Need
-from vhostuser.conformance.frames import NetFeature
-from vhostuser.conformance.lane import Lane
-from vhostuser.conformance.peer import MIB, RINGS, Peer
-from vhostuser.conformance.suite import Theme, Unreachable, Violation, check, equal
+from vhostuser.conformance.migration import PAGE, PATTERN, advise, advised, migrate
+from vhostuser.conformance.peer import MIB, Peer
+from vhostuser.conformance.suite import Theme, check, equal
 from vhostuser.drivers.blk import BlkRequest
-from vhostuser.faultserver import CallableSource, Client, ClientStats, FaultServer
-from vhostuser.frontend import PostcopyClient, SharedMemory
+from vhostuser.frontend import PostcopyClient
 from vhostuser.protocol import (
     NEED_REPLY,
     VERSION,
@@ -35,141 +29,6 @@ CASES: Theme[Peer] = Theme("postcopy", "Migration")
 PAGEFAULT, SLOTS, UFFD, DISK = P.PAGEFAULT, P.CONFIGURE_MEM_SLOTS, Need.USERFAULTFD, Need.BLK
 ADVISE, LISTEN, END = F.POSTCOPY_ADVISE.clause, F.POSTCOPY_LISTEN.clause, F.POSTCOPY_END.clause
 TABLE, ADD = F.SET_MEM_TABLE.clause, F.ADD_MEM_REG.clause
-PAGE = mmap.PAGESIZE
-PATTERN = bytes(range(1, 129)) * (PAGE // 128)
-
-
-class Held:
-    """Pages of zeros, of which one can be held back from whoever waits for it, and one have something in it."""
-
-    def __init__(self) -> None:
-        self.page = -1
-        self.pattern = -1
-        self._given = threading.Event()
-        self.source = CallableSource(self._fetch, threads=4)
-
-    def _fetch(self, guest: int, length: int) -> bytes:
-        if guest <= self.page < guest + length:
-            self._given.wait()
-        before = self.pattern - guest
-        return bytes(before) + PATTERN + bytes(length - before - PAGE) if 0 <= before < length else bytes(length)
-
-    def give(self) -> None:
-        """Holds nothing back any more."""
-        self._given.set()
-
-
-class Migration:
-    """A destination: memory full of holes, its fault server, and the back-end's part in it."""
-
-    def __init__(self, peer: Peer, client: PostcopyClient, memory: SharedMemory) -> None:
-        self.peer = peer
-        self.client = client
-        self.memory = memory
-        self.held = Held()
-        self.server = FaultServer(memory, self.held.source)
-        self._served: Client | None = None
-        peer.own(self.server.close)
-        peer.own(self.held.give)
-
-    def serve(self) -> None:
-        """From here on the back-end's faults are served."""
-        self._served = self.server.add_client("the back-end", self.client.uffd, self.client.regions)
-
-    def stats(self) -> ClientStats:
-        """Of the back-end's faults."""
-        assert self._served is not None
-        return self._served.stats()
-
-    async def lane(
-        self, requests: int | None = None, *, acknowledge: tuple[FrontendRequest, PostcopyAck] | None = None
-    ) -> Lane:
-        """A ring that runs in this memory; the front-end knows the bases.
-
-        requests: their guest address. acknowledge: how it says so, where that is tried.
-        """
-        self.serve()
-        if acknowledge is None:
-            await self.client.acknowledge()
-        else:
-            await self.peer.send(*acknowledge)
-        # What we write ourselves comes first: a fault of ours would hold the whole suite up.
-        await self.bring(0, RINGS)
-        await self.bring(MIB if requests is None else requests, PAGE)
-        lane = self.peer.make_lane(requests=requests)
-        await lane.start()
-        await lane.works(BlkRequest.flush())
-        return lane
-
-    async def bring(self, guest: int, length: int) -> None:
-        """Has these pages placed, whole ones of the region."""
-        size = self.memory.regions[0].region.page_size
-        first = guest - guest % size
-        pages = range(first, max(guest + length, first + size), size)
-        self.server.place(first, len(pages) * size)
-        deadline = asyncio.get_running_loop().time() + self.peer.patience
-        while not all(map(self.present, pages)):
-            if asyncio.get_running_loop().time() > deadline:
-                raise Unreachable("the fault server brings no pages")
-            await asyncio.sleep(0.002)
-
-    async def blocked(self, lane: Lane) -> int:
-        """Has the back-end wait for the page of a request's data; its guest address."""
-        self.held.page = lane.buffers(slot=0).data
-        before = self.stats().faults
-        lane.offer(BlkRequest.read(0, 8))
-        lane.kick()
-        deadline = asyncio.get_running_loop().time() + self.peer.patience
-        while self.stats().faults == before:
-            if asyncio.get_running_loop().time() > deadline:
-                raise Violation("a fault reported by the userfaultfd", "none, while a page that is needed is missing")
-            await asyncio.sleep(0.002)
-        return self.held.page
-
-    def present(self, guest: int) -> bool:
-        """Is this page of the memory's files there? Asking touches nothing."""
-        for shared in self.memory.regions:
-            offset = guest - shared.region.guest
-            if 0 <= offset < shared.region.size:
-                return _has_data(shared.fd, offset + shared.region.offset)
-        raise LookupError(f"guest address {guest:#x}")
-
-
-def _has_data(fd: int, offset: int) -> bool:
-    try:
-        return os.lseek(fd, offset, os.SEEK_DATA) == offset
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return False
-        raise
-
-
-async def _advised(peer: Peer, *features: NetFeature) -> PostcopyClient:
-    await peer.negotiate(*features)
-    return await _advise(peer)
-
-
-async def _advise(peer: Peer) -> PostcopyClient:
-    client = await PostcopyClient.advise(peer.frontend)
-    peer.own(client.close)
-    return client
-
-
-async def migrate(
-    peer: Peer,
-    *regions: tuple[int, int],
-    by_slots: bool | None = None,
-    memory: SharedMemory | None = None,
-    features: Sequence[NetFeature] = (),
-) -> Migration:
-    """Up to the bases, which the front-end has not acknowledged; by default of one region of 8 MiB."""
-    client = await _advised(peer, *features)
-    await client.listen()
-    memory = memory or peer.make_memory(*regions)
-    peer.adopt(memory)
-    migration = Migration(peer, client, memory)
-    await client.share(memory, by_slots=by_slots)
-    return migration
 
 
 async def _before_features(peer: Peer) -> None:
@@ -193,7 +52,7 @@ async def _(peer: Peer) -> None:
 @CASES.must("advise-userfaultfd", "The descriptor is a userfaultfd.", PAGEFAULT, section=ADVISE)
 async def _(peer: Peer) -> None:
     await _before_features(peer)
-    equal("the descriptor", _kind_of((await _advise(peer)).uffd), "anon_inode:[userfaultfd]")
+    equal("the descriptor", _kind_of((await advise(peer)).uffd), "anon_inode:[userfaultfd]")
 
 
 def _kind_of(fd: int) -> str:
@@ -202,7 +61,7 @@ def _kind_of(fd: int) -> str:
 
 @CASES.must("advise-again", "POSTCOPY_ADVISE may come again, as once for each queue pair.", PAGEFAULT, section=ADVISE)
 async def _(peer: Peer) -> None:
-    await _advised(peer)
+    await advised(peer)
     for _ in range(2):
         again = await PostcopyClient.advise(peer.frontend)
         again.close()
@@ -239,7 +98,7 @@ async def _(peer: Peer) -> None:
 @CASES.must("listen", "POSTCOPY_LISTEN is acknowledged.", PAGEFAULT, P.REPLY_ACK, section=LISTEN)
 async def _(peer: Peer) -> None:
     await _before_features(peer)
-    await _advise(peer)
+    await advise(peer)
     await peer.accepts(F.POSTCOPY_LISTEN, flags=VERSION | NEED_REPLY)
 
 
@@ -261,7 +120,7 @@ async def _(peer: Peer) -> None:
     section=LISTEN,
 )
 async def _(peer: Peer) -> None:
-    await _advised(peer)
+    await advised(peer)
     for _ in range(2):
         await peer.accepts(F.POSTCOPY_LISTEN, flags=VERSION | NEED_REPLY)
 
@@ -316,7 +175,7 @@ async def _(peer: Peer) -> None:
     "table-order", "The regions come back in their order, with size and offset as they were.", PAGEFAULT, section=TABLE
 )
 async def _(peer: Peer) -> None:
-    client = await _advised(peer)
+    client = await advised(peer)
     await client.listen()
     memory = peer.make_memory((0, 1 << 20), (1 << 32, 1 << 21))
     memory.add(8 << 20, 1 << 20, offset=1 << 20)
@@ -466,7 +325,7 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("end-again", "POSTCOPY_END may come again, as once for each queue pair.", PAGEFAULT, section=END)
 async def _(peer: Peer) -> None:
-    client = await _advised(peer)
+    client = await advised(peer)
     await client.listen()
     for _ in range(2):
         await peer.accepts(F.POSTCOPY_END, flags=VERSION)
@@ -474,10 +333,10 @@ async def _(peer: Peer) -> None:
 
 @CASES.must("second", "After END another migration can begin.", PAGEFAULT, section=ADVISE)
 async def _(peer: Peer) -> None:
-    client = await _advised(peer)
+    client = await advised(peer)
     await client.listen()
     await client.end()
-    await (await _advise(peer)).listen()
+    await (await advise(peer)).listen()
 
 
 # ---- loss
