@@ -95,9 +95,15 @@ def test_a_kill_behind_any_instruction_loses_no_request_and_returns_none_twice(
     )
 
 
-def test_the_threads_of_a_hub_do_not_race(program: Program) -> None:
-    """Threads that fill a mailbox while another sleeps on it and empties it: nothing is lost, torn or out of order."""
+def test_the_threads_of_a_network_device_do_not_race(program: Program) -> None:
+    """A stream's connection is replaced under its threads."""
     assert run(program("net", compilers()[0], "thread"), "1", "0") == "ok\n"
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", MEMORY])
+def test_the_threads_of_a_hub_do_not_race(program: Program, sanitizers: str) -> None:
+    """Threads that fill a mailbox while another sleeps on it and empties it: nothing is lost, torn or out of order."""
+    assert run(program("mailbox", compilers()[0], sanitizers), "1") == "ok\n"
 
 
 @pytest.mark.postcopy
