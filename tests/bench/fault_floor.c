@@ -202,7 +202,7 @@ static void start_engine(struct client *client, uint32_t threads)
                            .avail = vu_driver_avail(client->driver), .used = vu_driver_used(client->driver)};
     client->stop = eventfd(1, 0); /* set already: the engine serves what is there and returns */
     client->blk = vu_blk_new(&config, &error);
-    client->queue = vu_queue_new(client->map, &ring, NULL, NULL, &error);
+    client->queue = vu_queue_new(client->map, &ring, NULL, NULL, NULL, &error);
     client->touch = vu_touch_new(4096);
     must(client->blk && client->queue && client->touch, "the engine");
     must(vu_queue_set_touch(client->queue, client->touch) == 0, "vu_queue_set_touch");

@@ -109,7 +109,8 @@ class Disk:
         ring = {"size": self.ring_size, "flags": lib.VU_RING_INDIRECT | lib.VU_RING_GUEST_ADDR}
         ring |= {"desc": GUEST + DESC, "avail": GUEST + AVAIL, "used": GUEST + USED}
         self.queue = ffi.gc(
-            lib.vu_queue_new(self.map, ffi.new("struct vu_ring *", ring), self.log, ffi.NULL, error), lib.vu_queue_free
+            lib.vu_queue_new(self.map, ffi.new("struct vu_ring *", ring), self.log, ffi.NULL, ffi.NULL, error),
+            lib.vu_queue_free,
         )
         assert self.queue != ffi.NULL, error[0]
         self.call = os.eventfd(0, os.EFD_NONBLOCK)

@@ -104,7 +104,7 @@ class Guest:
         ring = {"size": self._ring, "flags": lib.VU_RING_GUEST_ADDR, "desc": 0, "avail": avail, "used": used}
         if self._driver != ffi.NULL:
             ring |= {"avail": lib.vu_driver_avail(self._driver), "used": lib.vu_driver_used(self._driver)}
-        queue = lib.vu_queue_new(self.map, ffi.new("struct vu_ring *", ring), ffi.NULL, ffi.NULL, error)
+        queue = lib.vu_queue_new(self.map, ffi.new("struct vu_ring *", ring), ffi.NULL, ffi.NULL, ffi.NULL, error)
         assert queue != ffi.NULL, error[0]
         return ffi.gc(queue, lib.vu_queue_free)
 
