@@ -79,6 +79,15 @@ def test_a_request_whose_feature_was_not_negotiated_is_told(said: Connection) ->
     assert asked.awaits
 
 
+def test_a_tracer_says_what_a_peer_may_mean_that_is_of_another_draft(said: Connection) -> None:
+    old = PROTOCOL | ProtocolFeature.GPA_ADDRESSES.mask
+    said.ask(F.GET_PROTOCOL_FEATURES)
+    said.reply(F.GET_PROTOCOL_FEATURES, U64(old))
+    said.ask(F.SET_PROTOCOL_FEATURES, U64(old))
+    asked = said.ask(F.GET_SHMEM_CONFIG)
+    assert "(bit 21 was, which was SHMEM in drafts; it is 22)" in asked.complaints[0].reason
+
+
 @pytest.mark.parametrize(("fds", "wrong"), [(0, True), (1, False), (2, True)])
 def test_descriptors_are_counted(said: Connection, fds: int, wrong: bool) -> None:
     assert bool(said.ask(F.SET_MEM_TABLE, TABLE, fds=fds).complaints) is wrong
