@@ -7,6 +7,7 @@ What belongs here: what is mapped where, answering misses, taking mappings back.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from vhostuser.frontend.frontend import Frontend
@@ -26,6 +27,16 @@ class Mapping(NamedTuple):
     access: int
 
 
+def _without(mapping: Mapping, start: int, stop: int) -> Iterator[Mapping]:
+    """What is left of a mapping beside a range."""
+    end = mapping.iova + mapping.size
+    if mapping.iova < start:
+        yield mapping._replace(size=min(end, start) - mapping.iova)
+    if end > stop:
+        skipped = max(stop - mapping.iova, 0)
+        yield mapping._replace(iova=mapping.iova + skipped, guest=mapping.guest + skipped, size=mapping.size - skipped)
+
+
 class Iommu:
     """Serves the back-end's channel for ``frontend``, which has negotiated ACCESS_PLATFORM. Belongs to its loop.
 
@@ -36,7 +47,7 @@ class Iommu:
 
     def __init__(self, frontend: Frontend, memory: SharedMemory, *, granule: int = PAGE) -> None:
         self._frontend = frontend
-        self._memory = memory
+        self.memory = memory
         self._granule = granule
         self._mappings: list[Mapping] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -68,12 +79,12 @@ class Iommu:
         self._mappings.append(Mapping(iova, guest, size, access))
 
     async def unmap(self, iova: int, size: int) -> None:
-        """Takes mappings back that lie within, and has the back-end forget all that is; returns when it has."""
-        self._mappings = [each for each in self._mappings if not iova <= each.iova < iova + size]
+        """Takes back what is mapped there, and has the back-end forget it; returns when it has."""
+        self._mappings = [left for each in self._mappings for left in _without(each, iova, iova + size)]
         await self._frontend.iotlb_msg(Iotlb(iova, size, 0, 0, IotlbType.INVALIDATE))
 
     def _see(self, mapping: Mapping) -> None:
-        for region in self._memory.regions:
+        for region in self.memory.regions:
             inside = mapping.guest - region.region.guest
             if inside >= 0 and inside + mapping.size <= region.region.size:
                 offset = region.region.offset + inside
@@ -87,9 +98,13 @@ class Iommu:
             if each.iova <= iova < each.iova + each.size:
                 start = max(iova - iova % self._granule, each.iova)
                 size = min(self._granule, each.iova + each.size - start)
-                user = self._memory.map.guest_to_user(each.guest + start - each.iova)
+                user = self.user(each.guest + start - each.iova)
                 return Iotlb(start, size, user, each.access, IotlbType.UPDATE)
         return None
+
+    def user(self, guest: int) -> int:
+        """The user address of a guest address, as updates have it. Raises LookupError outside of memory."""
+        return self.memory.map.guest_to_user(guest)
 
     async def tell(self, iova: int, size: int) -> None:
         """Updates for a range before anybody asks, as QEMU does it for used rings."""

@@ -17,6 +17,7 @@ from tests.conformance.broken import (  # noqa: F401  (each adds its faults to t
     in_flight,
     inband,
     inflight,
+    iommu,
     log,
     maps,
     messages,
