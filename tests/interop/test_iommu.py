@@ -21,9 +21,12 @@ async def test_a_disk_behind_an_iommu(bench: Bench) -> None:
     backend = await bench.backend(image)
     await bench.machine(Hardware(iommu=True), backend)
     await bench.guest.booted()
-    state = await backend.state()
-    assert "ACCESS_PLATFORM" in str(state)
+    (connection,) = (await backend.state())["connections"]
+    assert "ACCESS_PLATFORM" in connection["features"]
     disk = Disk(bench.guest, image)
     assert await disk.guest_md5(0, 16) == disk.md5(0, 16)
     async with disk.read_throughout(), disk.write_throughout():
         await asyncio.sleep(2)
+    metrics = (await backend.state())["metrics"]
+    told = next(each for each in metrics["vhostuser_message_seconds"] if each["labels"] == {"message": "IOTLB_MSG"})
+    assert told["count"] > 100, "updates and invalidations came while it ran"
