@@ -257,8 +257,8 @@ def _frontend_extension_rows() -> Iterator[Row]:
         code=F.SET_VRING_ENDIAN,
         request=_STATE,
         gate=_negotiated(P.CROSS_ENDIAN),
-        rules=(*_QUEUE, rules.zero_or_one),
-        unserved=_NOT_OFFERED,
+        rules=(*_QUEUE, rules.zero_or_one, rules.order_of_a_legacy_ring),
+        note="for devices that read requests in either order (protocol_features)",
     )
     yield Row(code=F.GET_CONFIG, request=(Config,), reply=(Config, Empty), gate=_negotiated(P.CONFIG), refusal=_EMPTY)
     yield Row(code=F.SET_CONFIG, request=(Config,), gate=_negotiated(P.CONFIG), silent=True)

@@ -15,6 +15,7 @@ from vhostuser.protocol.codes import (
     ProtocolFeature,
     TransferDirection,
     VirtioFeature,
+    VringEndian,
     feature_names,
     protocol_feature_names,
 )
@@ -87,6 +88,14 @@ def base_fits_ring(state: "State", payload: Payload) -> str:
 def zero_or_one(state: "State", payload: Payload) -> str:
     num = cast(VringState, payload).num
     return "" if num in (0, 1) else f"num {num}, expected 0 or 1"
+
+
+def order_of_a_legacy_ring(state: "State", payload: Payload) -> str:
+    # Virtio 1 and packed rings are little-endian whatever the guest.
+    modern = next((f for f in (VirtioFeature.VERSION_1, VirtioFeature.RING_PACKED) if state.has(f)), None)
+    if cast(VringState, payload).num == VringEndian.BIG and modern is not None:
+        return f"a big-endian ring, and {modern.name} was negotiated"
+    return ""
 
 
 def frontend_iotlb(state: "State", payload: Payload) -> str:

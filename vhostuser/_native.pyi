@@ -51,6 +51,8 @@ class Lib:
     VU_RING_PACKED: Final[int]
     VU_RING_LOG_USED: Final[int]
     VU_RING_GUEST_ADDR: Final[int]
+    VU_RING_NOTIFY_ON_EMPTY: Final[int]
+    VU_RING_SWAPPED: Final[int]
     VU_PEEK: Final[int]
     VU_DRIVER_EVENT_IDX: Final[int]
     VU_DRIVER_INDIRECT: Final[int]

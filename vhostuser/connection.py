@@ -466,6 +466,7 @@ HANDLERS: dict[int, _Handler] = {
     FrontendRequest.SET_VRING_BASE: _by_rings(RingRequests.set_vring_base),
     FrontendRequest.GET_VRING_BASE: _by_rings(RingRequests.get_vring_base),
     FrontendRequest.SET_VRING_KICK: _by_rings(RingRequests.set_vring_kick),
+    FrontendRequest.SET_VRING_ENDIAN: _by_rings(RingRequests.set_vring_endian),
     FrontendRequest.VRING_KICK: _by_rings(RingRequests.vring_kick),
     FrontendRequest.SET_VRING_CALL: _by_rings(RingRequests.set_vring_call),
     FrontendRequest.SET_VRING_ERR: _by_rings(RingRequests.set_vring_err),

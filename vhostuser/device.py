@@ -75,8 +75,9 @@ class Device:
 
     protocol_features: int = 0
     """Protocol feature bits of the device type: RARP with ``announce_guest``, MTU with ``set_mtu``, DEVICE_STATE with
-    ``save_state`` and ``load_state``; GET_VRING_BASE_INFLIGHT where a request may be cut off at any time and done
-    again from the start, by whoever serves the ring next."""
+    ``save_state`` and ``load_state``; CROSS_ENDIAN where requests are read in the order of ``Request.byteorder``;
+    GET_VRING_BASE_INFLIGHT where a request may be cut off at any time and done again from the start, by whoever serves
+    the ring next."""
 
     state_limit: int = 16 << 20
     """The most bytes that ``load_state`` is given."""

@@ -9,10 +9,11 @@ where pages may be missing it is never called on the control thread.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from enum import IntFlag
 from struct import Struct
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vhostuser._native import ffi, lib
 from vhostuser.memory import GuestMemory, MemoryLost, explain
@@ -175,14 +176,25 @@ class Descriptor(IntFlag):
 class RawRing:
     """A split ring byte by byte, legal or not; of ``size`` entries at these guest addresses. Keeps no account.
 
+    byteorder: of its numbers; big-endian are those of some legacy drivers.
+
     Positions and indexes are taken modulo what the ring has; an index is stored behind everything that was stored
     before. Raises LookupError outside of memory, MemoryLost.
     """
 
-    _DESCRIPTOR = Struct("<QIHH")
-    _USED = Struct("<II")
-
-    def __init__(self, memory: GuestMemory, size: int, desc: int, avail: int, used: int) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        byteorder: Literal["little", "big"] = "little",
+    ) -> None:
+        self.byteorder = byteorder
+        mark = "<" if byteorder == "little" else ">"
+        self._descriptor = Struct(f"{mark}QIHH")
+        self._used = Struct(f"{mark}II")
         self.memory = memory
         self.size = size
         self.desc = desc
@@ -197,7 +209,7 @@ class RawRing:
 
     def describe_at(self, table: int, index: int, guest: int, length: int, flags: int = 0, after: int = 0) -> None:
         """The same in a table anywhere, such as an indirect one."""
-        self.memory.write(table + 16 * index, self._DESCRIPTOR.pack(guest, length, flags, after))
+        self.memory.write(table + 16 * index, self._descriptor.pack(guest, length, flags, after))
 
     def make_available(self, index: int, heads: Sequence[int]) -> None:
         """Writes heads into the available ring from ``index`` on, without moving the index."""
@@ -232,11 +244,11 @@ class RawRing:
 
     def use(self, index: int, head: int, length: int) -> None:
         """Writes the used entry of ``index``, without moving the index."""
-        self.memory.write(self.used + 4 + 8 * (index % self.size), self._USED.pack(head, length))
+        self.memory.write(self.used + 4 + 8 * (index % self.size), self._used.pack(head, length))
 
     def used_entry(self, index: int) -> tuple[int, int]:
         """The head and the length of the used entry of ``index``."""
-        head, length = self._USED.unpack(self.memory.read(self.used + 4 + 8 * (index % self.size), 8))
+        head, length = self._used.unpack(self.memory.read(self.used + 4 + 8 * (index % self.size), 8))
         return head, length
 
     @property
@@ -264,10 +276,11 @@ class RawRing:
         self._store(self.used + 4 + 8 * self.size, index)
 
     def _load(self, guest: int) -> int:
-        return int.from_bytes(self.memory.read(guest, 2), "little")
+        return int.from_bytes(self.memory.read(guest, 2), self.byteorder)
 
     def _store(self, guest: int, value: int) -> None:
-        self.memory.publish(guest, value)
+        stored = (value & 0xFFFF).to_bytes(2, self.byteorder)
+        self.memory.publish(guest, int.from_bytes(stored, sys.byteorder))
 
 
 def _flags(event_idx: bool, indirect: bool, packed: bool) -> int:

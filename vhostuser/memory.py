@@ -64,6 +64,19 @@ class Described(Protocol):
     def offset(self) -> int: ...
 
 
+class DescribedInflight(Protocol):
+    """What SET_INFLIGHT_FD says of the region; ``protocol.Inflight`` is one. Sizes in bytes and entries."""
+
+    @property
+    def mmap_size(self) -> int: ...
+    @property
+    def mmap_offset(self) -> int: ...
+    @property
+    def num_queues(self) -> int: ...
+    @property
+    def queue_size(self) -> int: ...
+
+
 class HostPages(NamedTuple):
     """Whole pages of one region that hold a part of a guest range; in bytes."""
 

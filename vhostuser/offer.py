@@ -8,6 +8,8 @@ from vhostuser.protocol import ProtocolFeature, VirtioFeature
 
 TRANSPORT_FEATURES = (
     VirtioFeature.LOG_ALL.mask
+    | VirtioFeature.NOTIFY_ON_EMPTY.mask
+    | VirtioFeature.ANY_LAYOUT.mask
     | VirtioFeature.RING_INDIRECT_DESC.mask
     | VirtioFeature.RING_EVENT_IDX.mask
     | VirtioFeature.RING_PACKED.mask

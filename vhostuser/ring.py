@@ -62,6 +62,8 @@ class Ring:
         self.size = 0
         self.base = 0
         self.address: VringAddress | None = None
+        self.swapped = False
+        """Its byte order is not this machine's (SET_VRING_ENDIAN); of no meaning unless the driver is a legacy one."""
         self.kick: int | None = None
         self.obstacle = ""
         """Why the ring cannot be opened as it is set up now; tried again when something changes."""
@@ -205,6 +207,7 @@ class Ring:
     def setup(self, features: int) -> RingSetup:
         """What the queue is opened with."""
         assert self.address is not None
+        modern = features & (VirtioFeature.VERSION_1.mask | VirtioFeature.RING_PACKED.mask)
         return RingSetup(
             size=self.size,
             desc=self.address.desc,
@@ -215,6 +218,7 @@ class Ring:
             base=self.base,
             index=self.index,
             features=features,
+            swapped=self.swapped and not modern,
         )
 
     def open(

@@ -8,11 +8,12 @@ Control thread only; nothing here touches guest memory. A request that must see 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from vhostuser.arguments import event_of, payload_of
 from vhostuser.lifecycle import Lifecycle
-from vhostuser.protocol import Reply, Request, RequestRefused, VringAddress, VringFd, VringState
+from vhostuser.protocol import Reply, Request, RequestRefused, VringAddress, VringEndian, VringFd, VringState
 from vhostuser.ring import Ring
 
 
@@ -45,6 +46,10 @@ class RingRequests:
     async def set_vring_base(self, request: Request) -> None:
         state = payload_of(request, VringState)
         self._stopped(state.index).base = state.num
+
+    async def set_vring_endian(self, request: Request) -> None:
+        state = payload_of(request, VringState)
+        self._stopped(state.index).swapped = (state.num == VringEndian.BIG) != (sys.byteorder == "big")
 
     def _stopped(self, index: int) -> Ring:
         ring = self._life.rings[index]

@@ -13,10 +13,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from vhostuser._native import ffi, lib
-from vhostuser.memory import DirtyLog, GuestMemory, MemoryLost, explain
+from vhostuser.memory import DescribedInflight, DirtyLog, GuestMemory, MemoryLost, explain
 from vhostuser.protocol import QueueBroken, RequestRefused, VirtioFeature
 from vhostuser.queuestats import QueueStats
 
@@ -48,7 +48,7 @@ class RingSetup:
     a packed ring its descriptors, the driver area and the device area. base: where to go on (SET_VRING_BASE). index:
     of the ring on its connection. features: the negotiated virtio bits; RING_PACKED tells the format. log: the guest
     address at which writes to the used ring are logged, if ``log_used`` (VHOST_VRING_F_LOG); of no interest behind an
-    IOMMU.
+    IOMMU. swapped: a split ring in the byte order that is not this machine's (SET_VRING_ENDIAN).
     """
 
     size: int
@@ -61,6 +61,7 @@ class RingSetup:
     log: int = 0
     log_used: bool = False
     guest_addresses: bool = False
+    swapped: bool = False
 
     def open(
         self,
@@ -84,7 +85,9 @@ class RingSetup:
             | self._has(VirtioFeature.RING_INDIRECT_DESC) * lib.VU_RING_INDIRECT
             | self._has(VirtioFeature.RING_PACKED) * lib.VU_RING_PACKED
             | self.log_used * lib.VU_RING_LOG_USED
+            | self._has(VirtioFeature.NOTIFY_ON_EMPTY) * lib.VU_RING_NOTIFY_ON_EMPTY
             | self.guest_addresses * lib.VU_RING_GUEST_ADDR
+            | self.swapped * lib.VU_RING_SWAPPED
         )
 
     def _has(self, feature: int) -> int:
@@ -149,6 +152,11 @@ class Request:
             raise MemoryLost
         return count
 
+    @property
+    def byteorder(self) -> Literal["little", "big"]:
+        """Of the numbers in the request: little, unless CROSS_ENDIAN lets legacy drivers have another."""
+        return self._queue.byteorder
+
     def views(self) -> tuple[list[memoryview], list[memoryview]]:
         """The segments themselves, without a copy: readable ones (read-only), then writable ones.
 
@@ -196,6 +204,8 @@ class DeviceQueue:
     ) -> None:
         self._native: Any = None
         self.index = setup.index
+        self.byteorder: Literal["little", "big"] = "big" if setup.swapped else "little"
+        """Of all numbers that the driver writes and reads, in requests too: a legacy driver's own."""
         self.memory = memory
         self.out = 0
         """Requests popped and not yet flushed."""
@@ -478,16 +488,3 @@ class InflightRegion:
                 f"entries: {explain(error[0])}"
             )
         return cls(ffi.gc(native, lib.vu_inflight_put), given.num_queues, entries)
-
-
-class DescribedInflight(Protocol):
-    """What SET_INFLIGHT_FD says of the region; ``protocol.Inflight`` is one. Sizes in bytes and entries."""
-
-    @property
-    def mmap_size(self) -> int: ...
-    @property
-    def mmap_offset(self) -> int: ...
-    @property
-    def num_queues(self) -> int: ...
-    @property
-    def queue_size(self) -> int: ...

@@ -113,7 +113,7 @@ CALLS: dict[F, Call] = {
     F.NET_SET_MTU: Call(lambda f, t: f.net_set_mtu(1500), U64(1500)),
     F.SET_BACKEND_REQ_FD: Call(lambda f, t: f.set_backend_req_fd(t.fd), fds=1),
     F.IOTLB_MSG: Call(lambda f, t: f.iotlb_msg(IOTLB), IOTLB, U64(0)),
-    F.SET_VRING_ENDIAN: Call(lambda f, t: f.set_vring_endian(1, VringEndian.BIG), VringState(1, 1)),
+    F.SET_VRING_ENDIAN: Call(lambda f, t: f.set_vring_endian(1, VringEndian.LITTLE), VringState(1, 0)),
     F.GET_CONFIG: Call(lambda f, t: f.get_config(2, 4), Config(2, 4, 0, bytes(4)), Config(2, 4, 0, b"abcd"), b"abcd"),
     F.SET_CONFIG: Call(lambda f, t: f.set_config(2, b"ab", ConfigFlags.LIVE_MIGRATION), Config(2, 2, 1, b"ab")),
     F.CREATE_CRYPTO_SESSION: Call(

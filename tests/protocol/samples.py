@@ -125,7 +125,10 @@ SAMPLES: dict[type[Payload], Payload] = {
     PostcopyAck: PostcopyAck(),
 }
 
-_SPECIAL: dict[tuple[type, int], Payload] = {(B, B.IOTLB_MSG): Iotlb(0x1000, 0x1000, 0, 3, 1)}
+_SPECIAL: dict[tuple[type, int], Payload] = {
+    (B, B.IOTLB_MSG): Iotlb(0x1000, 0x1000, 0, 3, 1),
+    (F, F.SET_VRING_ENDIAN): VringState(1, 0),  # the other order is for drivers without VERSION_1
+}
 
 
 class Case(NamedTuple):

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 
 from tests.protocol.samples import ALL_VIRTIO, connect
+from tests.protocol.test_session import send
 from vhostuser.protocol import U64, Reply, Ring, VringFd, VringState
 from vhostuser.protocol import FrontendRequest as F
 from vhostuser.protocol import VirtioFeature as V
@@ -122,6 +123,16 @@ def test_reset_device_and_reset_owner() -> None:
     pair.call(F.RESET_DEVICE)
     assert [state(ring) for ring in pair.back.rings] == [(False, False)] * 2
     assert pair.back.features == ALL_VIRTIO, "the connection's agreements stay"
+
+
+@pytest.mark.parametrize("modern", [V.VERSION_1, V.RING_PACKED, None])
+def test_a_big_endian_ring_is_a_legacy_driver_s(modern: V | None) -> None:
+    """What came with virtio 1 is little-endian whatever the guest."""
+    pair = connect(V.PROTOCOL_FEATURES.mask | (modern.mask if modern is not None else 0))
+    for order, refused in ((0, False), (1, modern is not None)):
+        request = send(pair, F.SET_VRING_ENDIAN, VringState(0, order), ask=True)
+        assert (request.refusal is not None) == refused
+        pair.back.finish(request)
 
 
 def test_a_device_is_suspended_while_all_rings_are_stopped() -> None:

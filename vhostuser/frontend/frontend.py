@@ -29,6 +29,7 @@ from vhostuser.protocol import (
 
 DRIVABLE = ~(
     VirtioFeature.LOG_ALL.mask  # of no use before there is a log
+    | VirtioFeature.NOTIFY_ON_EMPTY.mask  # calls that the driver has asked not to have
     | VirtioFeature.ACCESS_PLATFORM.mask
     | VirtioFeature.RING_PACKED.mask  # this and the next are taken by those who make their DriverQueue so
     | VirtioFeature.IN_ORDER.mask

@@ -148,6 +148,8 @@ typedef struct vu_touch vu_touch;       /* the pool of touch threads, see below 
 #define VU_RING_PACKED 4      /* the packed format: desc is the ring, avail the driver area, used the device area */
 #define VU_RING_LOG_USED 8    /* VHOST_VRING_F_LOG: mark used ring writes at log_addr */
 #define VU_RING_GUEST_ADDR 16 /* desc, avail, used are guest addresses, not user addresses */
+#define VU_RING_NOTIFY_ON_EMPTY 32 /* split: call when nothing is left, also a driver that asked for no calls */
+#define VU_RING_SWAPPED 64    /* split: in the other byte order than ours */
 
 struct vu_ring {
     uint32_t size;  /* 1 to 32768; split: a power of two */

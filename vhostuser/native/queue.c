@@ -50,7 +50,9 @@ vu_queue *vu_queue_new(vu_map *map, const struct vu_ring *ring, vu_log *log, vu_
     }
     queue->size = ring->size;
     queue->flags = ring->flags;
-    queue->format = ring->flags & VU_RING_PACKED ? &vu_packed : &vu_split;
+    queue->format = ring->flags & VU_RING_PACKED    ? &vu_packed
+                    : ring->flags & VU_RING_SWAPPED ? &vu_split_swapped
+                                                    : &vu_split;
     queue->log_addr = ring->log_addr;
     atomic_init(&queue->call, -1);
     *error = open_queue(queue, ring, inflight, iotlb);

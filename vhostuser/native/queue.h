@@ -10,8 +10,8 @@
 
 /* ---- guest memory, each value loaded once -------------------------------------------------------------------- */
 
-/* Everything in a ring is little-endian: vhost-user peers share a machine, and this project supports little-endian
- * ones. */
+/* Everything in a ring is little-endian, but for that of a legacy driver of another order (split_swapped.c): vhost-user
+ * peers share a machine, and this project supports little-endian ones. */
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rings are read as little-endian");
 
 static inline uint16_t vu_load16(const uint16_t *at)
@@ -384,6 +384,6 @@ struct vu_format {
     void (*spans)(const vu_queue *queue, struct vu_span spans[3]);
 };
 
-extern const struct vu_format vu_split, vu_packed;
+extern const struct vu_format vu_split, vu_split_swapped, vu_packed;
 
 #endif

@@ -10,6 +10,24 @@
 
 #include "queue.h"
 
+/* In the byte order of the ring. split_swapped.c compiles this file once more, for the other one. */
+#ifndef VU_SPLIT
+#define VU_SPLIT vu_split
+#define ORDER16(value) (value)
+#define ORDER32(value) (value)
+#define ORDER64(value) (value)
+#endif
+
+static inline uint16_t load16(const uint16_t *at)
+{
+    return ORDER16(vu_load16(at));
+}
+
+static inline uint16_t load16_acquire(const uint16_t *at)
+{
+    return ORDER16(vu_load16_acquire(at));
+}
+
 static uint16_t *used_event(const vu_queue *queue)
 {
     return &queue->avail->ring[queue->size];
@@ -47,7 +65,7 @@ static int setup(vu_queue *queue, const struct vu_ring *ring)
  * before us, the available index follows from it and not from the base, which the front-end can only guess then. */
 static int start(vu_queue *queue)
 {
-    queue->used_index = queue->signalled = vu_load16_acquire(&queue->used->idx);
+    queue->used_index = queue->signalled = load16_acquire(&queue->used->idx);
     if (queue->inflight.split) {
         int code = vu_inflight_recover(&queue->inflight, queue->size, queue->used_index, queue->resubmit,
                                        &queue->resubmit_count);
@@ -66,7 +84,8 @@ static inline struct vu_desc load_desc(const void *table, uint32_t index)
 {
     uint64_t words[2];
     vu_table_load(table, index, words);
-    return (struct vu_desc){words[0], (uint32_t)words[1], (uint16_t)(words[1] >> 32), (uint16_t)(words[1] >> 48)};
+    return (struct vu_desc){ORDER64(words[0]), ORDER32((uint32_t)words[1]), ORDER16((uint16_t)(words[1] >> 32)),
+                            ORDER16((uint16_t)(words[1] >> 48))};
 }
 
 static int parse(vu_queue *queue, struct vu_slot *slot, uint16_t head)
@@ -133,7 +152,7 @@ static void fetch_tables(vu_queue *queue, uint16_t next, uint32_t count)
     struct vu_span spans[VU_TABLE_FETCH];
     uint32_t found = 0;
     for (uint32_t i = 0; i < count && found < VU_TABLE_FETCH; i++) {
-        uint16_t head = vu_load16(&queue->avail->ring[(uint16_t)(next + i) & (queue->size - 1)]);
+        uint16_t head = load16(&queue->avail->ring[(uint16_t)(next + i) & (queue->size - 1)]);
         if (head >= queue->size)
             return;
         struct vu_desc desc = load_desc(queue->desc, head);
@@ -149,7 +168,7 @@ static int pop(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32
         return pop_resubmitted(queue, chains, max, done);
     uint16_t next = (uint16_t)atomic_load_explicit(&queue->base, memory_order_relaxed);
     /* Acquire: what the driver wrote before it moved the index is read after. */
-    uint32_t ahead = (uint16_t)(vu_load16_acquire(&queue->avail->idx) - next);
+    uint32_t ahead = (uint16_t)(load16_acquire(&queue->avail->idx) - next);
     atomic_store_explicit(&queue->broken_head, 0, memory_order_relaxed);
     if (ahead > queue->size)
         return VU_E_INDEX;
@@ -157,7 +176,7 @@ static int pop(vu_queue *queue, vu_chain **chains, uint32_t max, volatile uint32
     if (queue->touch && queue->flags & VU_RING_INDIRECT)
         fetch_tables(queue, next, count);
     for (uint32_t i = 0; i < count; i++) {
-        uint16_t head = vu_load16(&queue->avail->ring[next & (queue->size - 1)]);
+        uint16_t head = load16(&queue->avail->ring[next & (queue->size - 1)]);
         int code = take(queue, head, &chains[i]);
         if (code)
             return code;
@@ -200,8 +219,8 @@ static int write_entry(vu_queue *queue, const vu_chain *chain, uint32_t length, 
     if (queue->inflight.split)
         vu_inflight_link(&queue->inflight, chain->head);
     struct vu_used_entry *entry = &queue->used->ring[index & (queue->size - 1)];
-    __atomic_store_n(&entry->id, chain->head, __ATOMIC_RELAXED);
-    __atomic_store_n(&entry->len, length, __ATOMIC_RELAXED);
+    __atomic_store_n(&entry->id, ORDER32((uint32_t)chain->head), __ATOMIC_RELAXED);
+    __atomic_store_n(&entry->len, ORDER32(length), __ATOMIC_RELAXED);
     return log_used(queue, entry, sizeof *entry);
 }
 
@@ -216,7 +235,7 @@ static int push(vu_queue *queue, vu_chain *const *chains, const uint32_t *length
     }
     queue->used_index = (uint16_t)(queue->used_index + count);
     /* Release: data, entries and log first. */
-    vu_store16_release(&queue->used->idx, queue->used_index);
+    vu_store16_release(&queue->used->idx, ORDER16(queue->used_index));
     int code = log_used(queue, &queue->used->idx, sizeof queue->used->idx);
     if (queue->inflight.split) {
         for (uint32_t i = 0; i < count; i++)
@@ -228,6 +247,13 @@ static int push(vu_queue *queue, vu_chain *const *chains, const uint32_t *length
 
 /* ---- notifications --------------------------------------------------------------------------------------- */
 
+/* NOTIFY_ON_EMPTY (virtio 1.3, 6.4): nothing is available and nothing out. */
+static bool ran_empty(vu_queue *queue)
+{
+    uint16_t next = (uint16_t)atomic_load_explicit(&queue->base, memory_order_relaxed);
+    return !vu_queue_out(queue) && load16(&queue->avail->idx) == next;
+}
+
 /* The full fences below pair with the driver's: each side writes its index, then reads what the other asked for. Without
  * them both may read the old value, and sleep. */
 static bool wants_call(vu_queue *queue)
@@ -237,21 +263,23 @@ static bool wants_call(vu_queue *queue)
     uint16_t before = queue->signalled;
     queue->signalled = queue->used_index;
     atomic_thread_fence(memory_order_seq_cst);
+    if (queue->flags & VU_RING_NOTIFY_ON_EMPTY && ran_empty(queue))
+        return true;
     if (queue->flags & VU_RING_EVENT_IDX)
-        return vu_passed(vu_load16(used_event(queue)), queue->used_index, before);
-    return !(vu_load16(&queue->avail->flags) & VU_AVAIL_NO_INTERRUPT);
+        return vu_passed(load16(used_event(queue)), queue->used_index, before);
+    return !(load16(&queue->avail->flags) & VU_AVAIL_NO_INTERRUPT);
 }
 
 static int arm(vu_queue *queue)
 {
     uint16_t next = (uint16_t)atomic_load_explicit(&queue->base, memory_order_relaxed);
     uint16_t *at = queue->flags & VU_RING_EVENT_IDX ? avail_event(queue) : &queue->used->flags;
-    vu_store16(at, queue->flags & VU_RING_EVENT_IDX ? next : 0);
+    vu_store16(at, queue->flags & VU_RING_EVENT_IDX ? ORDER16(next) : 0);
     int code = log_used(queue, at, sizeof *at);
     if (code)
         return code;
     atomic_thread_fence(memory_order_seq_cst);
-    return queue->resubmit_next < queue->resubmit_count || vu_load16(&queue->avail->idx) != next;
+    return queue->resubmit_next < queue->resubmit_count || load16(&queue->avail->idx) != next;
 }
 
 /* With the event index there is nothing to say: the driver kicks when it passes the index that arm left, which is behind
@@ -260,7 +288,7 @@ static int disarm(vu_queue *queue)
 {
     if (queue->flags & VU_RING_EVENT_IDX)
         return 0;
-    vu_store16(&queue->used->flags, VU_USED_NO_NOTIFY);
+    vu_store16(&queue->used->flags, ORDER16(VU_USED_NO_NOTIFY));
     return log_used(queue, &queue->used->flags, sizeof queue->used->flags);
 }
 
@@ -271,4 +299,4 @@ static void spans(const vu_queue *queue, struct vu_span found[3])
     found[2] = (struct vu_span){(uintptr_t)queue->used, vu_used_bytes(queue->size)};
 }
 
-const struct vu_format vu_split = {setup, start, pop, unpop, push, wants_call, arm, disarm, spans};
+const struct vu_format VU_SPLIT = {setup, start, pop, unpop, push, wants_call, arm, disarm, spans};

@@ -10,6 +10,7 @@ from tests.conformance.broken import (  # noqa: F401  (each adds its faults to t
     channel,
     config,
     dirty_pages,
+    endian,
     everything,
     framing,
     hooks,

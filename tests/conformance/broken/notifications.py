@@ -186,6 +186,17 @@ def calls_against_the_flag() -> None:
     override(Queue, wants_call=lambda queue: right(queue) or not queue.has(VirtioFeature.RING_EVENT_IDX))
 
 
+@fault("call.on-empty", "call.on-empty-event-idx")
+def does_not_say_that_it_has_run_empty() -> None:
+    override(Queue, runs_empty=lambda queue: False)
+
+
+@fault("call.on-empty-event-idx")
+def heeds_the_event_index_alone() -> None:
+    right = Queue.runs_empty
+    override(Queue, runs_empty=lambda queue: not queue.has(VirtioFeature.RING_EVENT_IDX) and right(queue))
+
+
 @fault("split.event-idx-far")
 def calls_for_each_request() -> None:
     override(Queue, passed=lambda queue, event, now, before: True)

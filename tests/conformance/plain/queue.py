@@ -274,9 +274,15 @@ class Queue:
         before, self.signalled = self.signalled, self.used
         if before == self.used:
             return False
+        if self.runs_empty():
+            return True
         if self.has(VirtioFeature.RING_EVENT_IDX) and self.ring.looks_at_event():
             return self.passed(self.ring.used_event(), self.used, before)
         return not self.ring.avail_flags() & NO_INTERRUPT
+
+    def runs_empty(self) -> bool:
+        """Does the driver want to hear of that, and is it so?"""
+        return self.has(VirtioFeature.NOTIFY_ON_EMPTY) and not self.waiting()
 
     def passed(self, event: int, now: int, before: int) -> bool:
         """Did the index go over ``event`` on its way from ``before`` to ``now``? (2.7.7.2, vring_need_event)"""

@@ -303,6 +303,38 @@ async def _(peer: Peer) -> None:
     check(not await lane.called(within=peer.quiet), "no call", "a call")
 
 
+async def _runs_empty(peer: Peer, *features: VirtioFeature) -> None:
+    await peer.negotiate(V.NOTIFY_ON_EMPTY, *features, legacy=True)
+    await peer.share()
+    lane = peer.make_lane()
+    await lane.start()
+    await lane.works()
+    lane.bytes.want_no_calls()
+    lane.bytes.want_call(late=True)
+    await lane.calm()
+    await lane.works()
+    check(await lane.called(), "a call when nothing is left", "none")
+
+
+_EMPTY = "Legacy Interface: Reserved Feature Bits"
+
+
+@CALL.must(
+    "on-empty", "With NOTIFY_ON_EMPTY a driver that asks for no calls is called when nothing is left.",
+    RINGS, V.NOTIFY_ON_EMPTY, section=_EMPTY,
+)  # fmt: skip
+async def _(peer: Peer) -> None:
+    await _runs_empty(peer)
+
+
+@CALL.must(
+    "on-empty-event-idx", "So is one that asks by the event index for a call later.",
+    RINGS, V.NOTIFY_ON_EMPTY, V.RING_EVENT_IDX, section=_EMPTY,
+)  # fmt: skip
+async def _(peer: Peer) -> None:
+    await _runs_empty(peer, V.RING_EVENT_IDX)
+
+
 @CALL.must("replaced", "A new call descriptor counts from then on, while the ring runs.", RINGS)
 async def _(peer: Peer) -> None:
     lane = await peer.lane()

@@ -24,6 +24,7 @@ _ON_RINGS = {Need.RINGS, Need.BOTH_RINGS, Need.BLK, Need.WRITABLE, Need.NET, Nee
 _SPLIT_ALONE = {
     "setup.nakce": "a packed ring's first wrap counter is 1, so without a base it begins nowhere",
     "setup.reset-by-driver": "there is no index in a packed ring that a back-end could have remembered",
+    "call.on-empty*": "legacy drivers have no packed rings",
     "base.wrap": "indexes of 16 bits; see packed.wrap",
     "base.set": "heads in the available ring; see packed.base-place",
     "split.order-of-table": "descriptors of a packed chain follow each other",
