@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.echo import DATA, Echo, answer, ask, quiet
-from tests.runtime.test_hostile_peers import arrived
+from tests.runtime.test_hostile_channel import arrived
 from vhostuser.channel import readable
 from vhostuser.devices.blk import Blk
 from vhostuser.devices.image import Image

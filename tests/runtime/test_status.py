@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.runtime.echo import Echo, answer, ask, quiet
-from tests.runtime.test_hostile_peers import CONFIG_CHANGE, arrived, channel
+from tests.runtime.test_hostile_channel import CONFIG_CHANGE, arrived, channel
 from vhostuser.frontend import DRIVABLE, DRIVABLE_PROTOCOL, SharedMemory
 from vhostuser.protocol import DeviceStatus, ProtocolFeature, RequestRefused, VirtioFeature
 from vhostuser.testing.pair import MIB, Pair

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.echo import Echo, quiet
-from tests.runtime.test_hostile_peers import arrived, channel
+from tests.runtime.test_hostile_channel import arrived, channel
 from vhostuser.channel import readable
 from vhostuser.device import Device
 from vhostuser.devices.blk import Blk
