@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.conformance.broken.registry import F, answering, fault, handling
+from vhostuser import device_requests
 from vhostuser.connection import Connection
 from vhostuser.devices.blk import Blk
 from vhostuser.protocol import Config, Outgoing, Payload, Reply, RequestRefused, Row, exchange
@@ -49,6 +50,7 @@ def leaves_after_an_error() -> None:
 @fault("config.read-only", "config.write-beyond", "config.write-cache")
 def writes_anything() -> None:
     Blk.set_config = lambda *_, **__: None  # type: ignore[assignment,method-assign]
+    device_requests._part = lambda request: request.payload  # type: ignore[assignment,return-value]
 
 
 @fault("config.migration", "message.acknowledged.set-config")

@@ -18,7 +18,7 @@ from vhostuser.connection import HANDLERS, Connection
 from vhostuser.device import Device
 from vhostuser.devices.blk import Blk
 from vhostuser.hooks import CryptoSessions, GpuSocket, HostNotifiers, NotifierArea
-from vhostuser.protocol import FRONTEND, ProtocolFeature, Request, RequestRefused, VirtioFeature
+from vhostuser.protocol import FRONTEND, Empty, ProtocolFeature, Reply, Request, RequestRefused, VirtioFeature
 from vhostuser.shared_memory import SharedMemoryRegions
 from vhostuser.shared_objects import SharedObjects
 from vhostuser.tools import disk
@@ -45,6 +45,16 @@ def offer_everything() -> None:
 
 async def _done(_: Connection, __: Request) -> None:
     """There is nothing to do."""
+
+
+async def _object(_: Connection, __: Request) -> Reply:
+    return Reply(Empty(), fds=(os.memfd_create("object", os.MFD_CLOEXEC),))
+
+
+def find_everything() -> None:
+    """No session and no object is refused for there being none: what is tried is another reason."""
+    HANDLERS[F.CLOSE_CRYPTO_SESSION] = _done
+    HANDLERS[F.GET_SHARED_OBJECT] = _object
 
 
 class Everything(SharedMemoryRegions, SharedObjects, HostNotifiers, CryptoSessions, GpuSocket, Blk):

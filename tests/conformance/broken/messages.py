@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tests.conformance.broken.everything import offer_everything
+from tests.conformance.broken.everything import find_everything, offer_everything
 from tests.conformance.broken.registry import FAULTS, F, Fault, answering, fault, handling
 from vhostuser.connection import HANDLERS
 from vhostuser.protocol import (
@@ -80,6 +80,7 @@ def _said(kind: type[Payload], body: bytes) -> int:
 def _lax(name: str, kind: type[Payload], left: int, *rows: str, filler: bytes = b"") -> None:
     def patch() -> None:
         offer_everything()
+        find_everything()
         lax(kind, left, filler)
 
     size = "short" if left < 0 else "long"
@@ -187,6 +188,7 @@ def asks_for_no_feature() -> None:
 )
 def asks_only_what_it_offers() -> None:
     offer_everything()
+    find_everything()
     right, checked = State.missing, StateTransfer.check
 
     async def check(transfer: StateTransfer) -> None:
