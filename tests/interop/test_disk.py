@@ -35,6 +35,20 @@ async def test_reads_and_writes(bench: Bench) -> None:
         await asyncio.sleep(2)
 
 
+async def test_a_legacy_driver(bench: Bench) -> None:
+    """Without VERSION_1: what its driver reads and writes is the same."""
+    image = bench.disk(16)
+    backend = await bench.backend(image)
+    await bench.machine(Hardware(legacy=True), backend)
+    await bench.guest.booted()
+    disk = Disk(bench.guest, image)
+    assert await disk.guest_md5(0, 16) == disk.md5(0, 16)
+    async with disk.write_throughout():
+        await asyncio.sleep(1)
+    (connection,) = (await backend.state())["connections"]
+    assert "VERSION_1" not in connection["features"].split()
+
+
 @pytest.mark.parametrize("options", [["--cache=writethrough"], ["--cache=direct"]], ids=lambda options: options[0])
 async def test_cache_modes(bench: Bench, options: list[str]) -> None:
     image = bench.disk(32)

@@ -40,6 +40,8 @@ class Hardware:
     queues: int = 1
     #: Packed rings, else split ones.
     packed: bool = False
+    #: Disks are devices from before virtio 1.
+    legacy: bool = False
     #: Pairs of virtqueues of each network interface.
     pairs: int = 1
     #: Network interfaces leave checksums and segmentation to the other side, and take frames that did.
@@ -97,11 +99,12 @@ class Hardware:
         behind = ",disable-legacy=on,iommu_platform=on,ats=on" if self.iommu else ""
         again = ",reconnect=1" if self.reconnect else ""
         packed = ",packed=on" if self.packed else ""
+        older = ",disable-modern=on,disable-legacy=off" if self.legacy else ""
         for number, socket in enumerate(disks):
             arguments += ["-chardev", f"socket,id=disk{number},path={socket}{again}"]
             arguments += [
                 "-device",
-                f"vhost-user-blk-pci,chardev=disk{number},num-queues={self.queues}{packed}{behind}",
+                f"vhost-user-blk-pci,chardev=disk{number},num-queues={self.queues}{packed}{older}{behind}",
             ]
         for number, socket in enumerate(networks):
             name = f"net{number}"
