@@ -101,6 +101,12 @@ def test_the_threads_of_a_network_device_do_not_race(program: Program) -> None:
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", MEMORY])
+def test_no_chain_uses_what_was_taken_back(program: Program, sanitizers: str) -> None:
+    """Translations go while a ring is served. To look further: tests/native/translations.c, any number of rounds."""
+    assert run(program("translations", compilers()[0], sanitizers), "1", "1000") == "ok\n"
+
+
+@pytest.mark.parametrize("sanitizers", ["thread", MEMORY])
 def test_the_threads_of_a_hub_do_not_race(program: Program, sanitizers: str) -> None:
     """Threads that fill a mailbox while another sleeps on it and empties it: nothing is lost, torn or out of order."""
     assert run(program("mailbox", compilers()[0], sanitizers), "1") == "ok\n"
