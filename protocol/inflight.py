@@ -158,7 +158,7 @@ class QueueRegionPacked:
 
         flags: of the ring's descriptor at old_used_idx, where the batch that was returned last shows or does not.
         """
-        free = set(self._chain(self._free_head(self._seen(flags)), self.desc_num))
+        free = set(self._chain(self._free_head(self.seen(flags)), self.desc_num))
         return tuple(head for head in self.heads if head not in free)
 
     def violations(self, size: int | None = None, flags: int | None = None) -> Iterator[str]:
@@ -186,7 +186,7 @@ class QueueRegionPacked:
 
     def _list_violations(self, flags: int | None) -> Iterator[str]:
         """Without the ring both readings are tried, and the better one is told."""
-        seen = {self._seen(flags)} if flags is not None else {self._seen(0), self._seen(_AVAIL), self._seen(_USED)}
+        seen = {self.seen(flags)} if flags is not None else {self.seen(0), self.seen(_AVAIL), self.seen(_USED)}
         yield from min((list(self._violations_if(each)) for each in sorted(seen)), key=len)
 
     def _violations_if(self, seen: bool) -> Iterator[str]:
@@ -225,8 +225,8 @@ class QueueRegionPacked:
     def _free_head(self, seen: bool) -> int:
         return self.free_head if seen else self.old_free_head
 
-    def _seen(self, flags: int) -> bool:
-        """Whether the driver can have seen the batch that was under way.
+    def seen(self, flags: int) -> bool:
+        """Whether the driver can have seen the batch that was under way. flags: as for `recovered`.
 
         Once the wrap counter is sealed and the index is not, the ring does not tell any more: the driver may have
         offered the place anew.

@@ -9,6 +9,7 @@ right in everything else, and says which cases must fail.
 from tests.conformance.broken import (  # noqa: F401  (each adds its faults to the registry)
     channel,
     config,
+    crashes,
     dirty_pages,
     endian,
     everything,

@@ -7,51 +7,54 @@ cut off without harm.
 from __future__ import annotations
 
 import os
-from struct import Struct
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from tests.conformance.plain.ring import Bad
+from tests.conformance.plain.ring import Bad, Ring
 from vhostuser._native import lib
 from vhostuser.virtqueue import InflightRegion
 
 VERSION = 1
-_ALIGNMENT = 64
-_HEADER = Struct("=QHHHH")
-_ENTRY = Struct("=B5xHQ")
 VERSION_AT, SIZE_AT, LAST_AT, USED_AT = 8, 10, 12, 14
 _NEXT_AT, _COUNTER_AT = 6, 8
 
 _judged = InflightRegion.map
 
+Q = TypeVar("Q", bound="InflightQueue")
+
 
 class Inflight:
-    """The whole buffer: ``queue_size`` entries for each queue, from ``offset`` of the file on. Owns its descriptor."""
+    """The whole buffer: ``queue_size`` entries and ``each`` bytes for a queue, from ``offset`` of the file on. Owns its
+    descriptor."""
 
-    def __init__(self, fd: int, offset: int, queues: int, queue_size: int) -> None:
+    def __init__(self, fd: int, offset: int, queues: int, queue_size: int, each: int) -> None:
         self.fd = fd
         self.offset = offset
         self.queues = queues
         self.queue_size = queue_size
+        self.each = each
 
     @classmethod
     def map(cls, fd: int, given: Any, *, packed: bool = False) -> Self:
         """What SET_INFLIGHT_FD gives. Raises RequestRefused."""
         judged = _judged(fd, given, packed=packed)
-        return cls(os.dup(fd), given.mmap_offset, judged.queues, judged.queue_size)
+        each = lib.vu_inflight_size(1, judged.queue_size, packed)
+        return cls(os.dup(fd), given.mmap_offset, judged.queues, judged.queue_size, each)
 
-    def queue(self, index: int, size: int) -> InflightQueue:
+    def queue(self, kind: type[Q], index: int, size: int) -> Q:
         """The part of one queue of ``size`` entries. Raises Bad."""
         if index >= self.queues or size > self.queue_size:
             raise Bad(lib.VU_E_INFLIGHT)
-        stride = -(-(_HEADER.size + _ENTRY.size * self.queue_size) // _ALIGNMENT) * _ALIGNMENT
-        return InflightQueue(self, self.offset + index * stride, size)
+        return kind(self, self.offset + index * self.each, size)
 
     def __del__(self) -> None:
         os.close(self.fd)
 
 
 class InflightQueue:
-    """One queue's part. Recover first."""
+    """One queue's part. Resume first."""
+
+    HEADER, ENTRY = 16, 16
+    """Bytes."""
 
     def __init__(self, buffer: Inflight, at: int, size: int) -> None:
         self.buffer = buffer
@@ -74,9 +77,19 @@ class InflightQueue:
 
     def entry(self, head: int) -> int:
         """Where the entry of a head begins."""
-        return _HEADER.size + _ENTRY.size * head
+        return self.HEADER + self.ENTRY * head
 
     # ---- after a start
+
+    def resume(self, queue: Any) -> None:
+        """With chains in flight, the ring goes on behind them."""
+        queue.again = self.recover(queue.used)
+        if queue.again:
+            queue.next = (queue.used + len(queue.again)) % 65536
+
+    def chain_again(self, queue: Any, head: int) -> Any:
+        """A chain that a process before us had taken."""
+        return queue.parse(head)
 
     def recover(self, used: int) -> list[int]:
         """Heads that were taken and not given back, in the order in which they were taken."""
@@ -130,6 +143,13 @@ class InflightQueue:
             self.finish(head)
 
     # ---- while the ring runs
+
+    def take_chain(self, ring: Ring, position: int) -> None:
+        """Marks the chain in this position of the ring as taken."""
+        self.take(ring.avail_head(position))
+
+    def move(self, ring: Any, used: int) -> None:
+        """Of a split ring the used index tells."""
 
     def take(self, head: int) -> None:
         """Marks a head as taken."""

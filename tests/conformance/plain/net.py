@@ -300,6 +300,8 @@ class Interface(Engine):
             queue.put_entry(chain.head, length)
             queue.used = queue.after(queue.used, chain.places)
             queue.returned += 1
+        if queue.inflight is not None:
+            queue.inflight.move(queue.ring, queue.used)
         queue.put_index()
         if queue.inflight is not None:
             for chain, _ in filled:

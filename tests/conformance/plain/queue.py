@@ -7,11 +7,12 @@ What belongs here: steps, one method each, in the order of the specification. Wh
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tests.conformance.plain.inflight import Inflight, InflightQueue
+from tests.conformance.plain.inflight_packed import PackedInflightQueue
 from tests.conformance.plain.packed import PackedRing
 from tests.conformance.plain.ring import INDIRECT, NEXT, NO_INTERRUPT, WRITE, Bad, Descriptor, Ring, pieces
 from vhostuser._native import lib
@@ -95,7 +96,9 @@ class Queue:
             self.place()
             self.next, self.used = self.ring.bases(setup.base)
             if inflight is not None:
-                self.inflight = inflight.queue(setup.index, setup.size)
+                packed = self.has(VirtioFeature.RING_PACKED)
+                kind = PackedInflightQueue if packed else InflightQueue
+                self.inflight = inflight.queue(kind, setup.index, setup.size)
         except Bad as bad:
             raise self.broken_by(bad.code) from None
 
@@ -129,9 +132,7 @@ class Queue:
         """Looks where the ring stands."""
         self.used = self.signalled = self.ring.started_at(self.used)
         if self.inflight is not None:
-            self.again = self.inflight.recover(self.used)
-            if self.again:
-                self.next = (self.used + len(self.again)) % 65536
+            self.inflight.resume(self)
         self.started = True
 
     # ---- taking
@@ -140,14 +141,14 @@ class Queue:
         """The next chain, or None."""
         if not self.started:
             self.start()
-        if self.again:
-            return self.parse(self.again.pop(0))
+        if self.again and self.inflight is not None:
+            return self.inflight.chain_again(self, self.again.pop(0))
         if not self.waiting():
             return None
         head = self.ring.avail_head(self.next)
         chain = self.parse(head)
         if self.inflight is not None:
-            self.inflight.take(head)
+            self.inflight.take_chain(self.ring, self.next)
         self.next = self.after(self.next, chain.places)
         return chain
 
@@ -161,15 +162,24 @@ class Queue:
 
     def parse(self, head: int) -> Chain:
         """Follows a chain from its head."""
-        chain = Chain(self.memory, head)
-        for descriptor in self.chained(head):
-            self.add(chain, descriptor)
+        chain = self.parse_all(self.chained(head))
         chain.head, chain.places = self.ring.name(head)
+        return chain
+
+    def parse_all(self, descriptors: Iterable[Descriptor]) -> Chain:
+        """A chain of these."""
+        chain = Chain(self.memory, 0)
+        for descriptor in descriptors:
+            self.add(chain, descriptor)
         return chain
 
     def chained(self, head: int) -> Iterator[Descriptor]:
         """The descriptors of a chain, those of its indirect table among them."""
-        for descriptor in self.linked(self.ring.desc, self.ring.size, head):
+        yield from self.entered(self.linked(self.ring.desc, self.ring.size, head))
+
+    def entered(self, descriptors: Iterable[Descriptor]) -> Iterator[Descriptor]:
+        """These, with what is in an indirect table in its place."""
+        for descriptor in descriptors:
             if descriptor.flags & INDIRECT:
                 yield from self.table(descriptor)
             else:
@@ -218,6 +228,8 @@ class Queue:
             self.inflight.link(chain.head)
         self.put_entry(chain.head, length)
         self.used = self.after(self.used, chain.places)
+        if self.inflight is not None:
+            self.inflight.move(self.ring, self.used)
         self.put_index()
         if self.inflight is not None:
             self.inflight.finish(chain.head)
@@ -313,6 +325,10 @@ class Queue:
     def set_call(self, fd: int) -> None:
         """Where to call, or -1."""
         self.call_fd = fd
+
+    def leave_in_flight(self) -> bool:
+        """Every chain that is taken is given back: there is nothing to leave."""
+        return False
 
     def set_touch(self, pool: object) -> None:
         """Nothing is fetched ahead here: who touches a missing page waits for it."""

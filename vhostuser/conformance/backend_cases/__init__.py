@@ -16,6 +16,7 @@ from vhostuser.conformance.backend_cases import (
     generic,
     hooks,
     hostile,
+    in_flight,
     inband,
     iommu,
     memory,
@@ -65,6 +66,9 @@ _THEMES = (
     net_migration.CASES,
     net_told.CASES,
     recovery.CASES,
+    in_flight.BOTH,
+    in_flight.LEFT,
+    in_flight.OFFER,
     device_state.CASES,
     status.CASES,
     status.RESET,
@@ -97,6 +101,8 @@ _ON_RINGS = (
     net_receive.CASES,
     net_rings.CASES,
     net_migration.CASES,
+    in_flight.BOTH,
+    in_flight.LEFT,
 )
 
 CASES: list[Case[Peer]] = [case for theme in _THEMES for case in theme.cases] + twins(*_ON_RINGS)
