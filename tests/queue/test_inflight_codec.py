@@ -60,7 +60,10 @@ class Scene:
         return [self.region.id_of(head) if self.packed else head for head in heads]
 
     def open(self) -> DeviceQueue:
-        return self.ring.open(inflight=self.native) if self.packed else self.split.open(inflight=self.native)
+        """From the used index on, which is all that a front-end knows of a split ring whose back-end has died."""
+        if self.packed:
+            return self.ring.open(inflight=self.native)
+        return self.split.open(inflight=self.native, base=self.split.used_index)
 
     def offer(self, length: int) -> None:
         if self.packed:
