@@ -26,6 +26,8 @@ log = logging.getLogger("vhostuser")
 _UNTOLD = 1024
 """Questions that are kept for a channel that has yet to come; every ring has 32 at most."""
 
+_CHANNEL = "ACCESS_PLATFORM needs BACKEND_REQ, SET_BACKEND_REQ_FD, and answers to what is missing"
+
 
 class IommuRequests:
     """Fulfils them for one connection. ``memory`` tells what is mapped.
@@ -73,12 +75,16 @@ class IommuRequests:
                 pass
 
     def _ask(self, iotlb: DeviceIotlb) -> None:
+        told = not self._untold
         for question in iotlb.take():
             if question.denied:
                 log.warning("%s: %s", self._name, _denial(question))
             kind = IotlbType.ACCESS_FAIL if question.denied else IotlbType.MISS
             self._untold.append(Iotlb(question.iova, 0, 0, question.access, kind))
         self.tell_due()
+        if told and self._untold:
+            # A front-end that takes whatever is offered, and knows nothing of translations, would never learn why.
+            log.warning("%s: rings wait for translations until there is a channel to ask by: %s", self._name, _CHANNEL)
 
     def tell_due(self) -> None:
         """Tells what has not been told for want of a channel."""

@@ -48,12 +48,15 @@ class Guest:
         self.iommu.map(0, BASE + HALF, HALF)
         self.iommu.map(HALF, BASE, HALF, access)
 
-    async def start(self, *, rings: int = 1, packed: bool = False, indirect: bool = False, **ring: bool) -> None:
+    async def start(
+        self, *, rings: int = 1, packed: bool = False, indirect: bool = False, channel: bool = True, **ring: bool
+    ) -> None:
         pair = self.pair
         features = VirtioFeature.ACCESS_PLATFORM.mask | VirtioFeature.RING_PACKED.mask * packed
         await pair.frontend.negotiate(DRIVABLE | features)
         await pair.frontend.set_memory(self.memory)
-        await self.iommu.serve()
+        if channel:
+            await self.iommu.serve()
         pair.memory = self.iommu.view
         for index in range(rings):
             await pair.frontend.start_ring(pair.add_ring(index, indirect=indirect), self.iommu.view, **ring)
@@ -183,6 +186,22 @@ async def test_a_ring_waits_for_its_own_translation(guests: Guests) -> None:
     await quiet(guest.pair)
     guest.iommu.answering.set()
     assert await answer(guest.pair) == b"EARLY"
+
+
+async def test_who_cannot_be_asked_learns_why_rings_stand_still(
+    guests: Guests, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A front-end may take ACCESS_PLATFORM without a thought: one line, and the questions when a channel comes."""
+    guest = guests(Echo())
+    guest.lay_out()
+    await guest.start(channel=False)
+    await ask(guest.pair, b"early")
+    async with asyncio.timeout(5):
+        while "ACCESS_PLATFORM needs BACKEND_REQ" not in caplog.text:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0)
+    await guest.iommu.serve()
+    assert await answer(guest.pair) == b"EARLY"
+    assert caplog.text.count("rings wait for translations") == 1
 
 
 async def test_updates_may_come_before_anybody_asks(guests: Guests) -> None:

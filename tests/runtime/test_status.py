@@ -211,3 +211,10 @@ async def test_a_driver_that_gives_up_is_named_once(
     for _ in range(2):
         await pair.frontend.set_status(AGREED | S.FAILED)
     assert caplog.text.count("given the device up") == 1
+
+
+async def test_the_reset_of_a_single_ring_is_not_offered(pairs: Callable[..., Pair]) -> None:
+    """QEMU says nothing of it to a back-end, which would go on in memory that is no ring any more (docs/rings.md)."""
+    pair = pairs(Echo())
+    await pair.frontend.negotiate()
+    assert not pair.frontend.session.features_offered & VirtioFeature.RING_RESET.mask
