@@ -96,7 +96,8 @@ _SLOTS = ("add-mem-reg", "rem-mem-reg")
 
 _lax("numbers", U64, -1, *_NUMBERS, "send-rarp", "net-set-mtu", "close-crypto-session")
 # Where a size is missing there was another one before.
-_lax("ring_states", VringState, -1, *_RINGS, "set-vring-endian", "vring-kick", filler=b"\1")
+_lax("ring_states", VringState, -1, *_RINGS, "vring-kick", filler=b"\1")
+_lax("byte_orders", VringState, -1, "set-vring-endian")
 _lax("events", VringFd, -1, *_EVENTS)
 _lax("addresses", VringAddress, -1, "set-vring-addr")
 _lax("logs", Log, -1, "set-log-base")
