@@ -8,15 +8,16 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from typing import NamedTuple
+from contextvars import Context
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.protocol import samples
 from tests.runtime.echo import Echo, answer, ask, quiet
 from vhostuser import announcements, backend_channel
-from vhostuser.announcements import Announcements
-from vhostuser.backend_channel import BackendChannel
+from vhostuser.announcements import WITHHELD, Announcements
+from vhostuser.backend_channel import ANSWER_WITHIN, BackendChannel
 from vhostuser.channel import Fds
 from vhostuser.protocol import (
     BACKEND,
@@ -84,6 +85,38 @@ async def lines(no_leaks: None) -> AsyncIterator[Callable[..., Line]]:
 @pytest.fixture
 async def line(lines: Callable[..., Line]) -> Line:
     return lines()
+
+
+class Timers:
+    """What the loop was to call later, which happens when a test says that so many seconds have passed."""
+
+    def __init__(self) -> None:
+        self._set: list[tuple[float, asyncio.Handle]] = []
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, asyncio.get_running_loop(), context)
+        self._set.append((delay, handle))
+        return handle
+
+    def running(self, delay: float) -> list[asyncio.Handle]:
+        return [handle for each, handle in self._set if each == delay and not handle.cancelled()]
+
+    def passes(self, delay: float) -> None:
+        """Those that were set for so long ring."""
+        due = self.running(delay)
+        self._set = [(each, handle) for each, handle in self._set if handle not in due]
+        assert due, f"nobody waits for {delay:g} s"
+        for handle in due:
+            handle._run()
+
+
+@pytest.fixture
+async def timers(monkeypatch: pytest.MonkeyPatch) -> Timers:
+    made = Timers()
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_later", made.call_later)
+    return made
 
 
 # ---- whatever the catalog has
@@ -213,31 +246,35 @@ async def test_an_answer_that_nobody_asked_for_ends_the_channel(line: Line) -> N
 
 
 async def test_a_front_end_that_never_answers_loses_the_channel_with_one_line(
-    line: Line, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    line: Line, timers: Timers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(backend_channel, "ANSWER_WITHIN", 0.02)
-    with pytest.raises(RequestRefused, match=r"has not answered SHARED_OBJECT_ADD for 0\.02 s"):
-        await line.asking.ask(B.SHARED_OBJECT_ADD, UUID)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    asked = asyncio.ensure_future(line.asking.ask(B.SHARED_OBJECT_ADD, UUID))
     await line.peer.follow(Expect(B.SHARED_OBJECT_ADD))
+    timers.passes(ANSWER_WITHIN)
+    with pytest.raises(RequestRefused, match=r"has not answered SHARED_OBJECT_ADD for 10 s"):
+        await asked
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
     await line.peer.closed()
 
 
-async def test_a_front_end_that_answers_in_time_keeps_it(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_channel, "ANSWER_WITHIN", 0.02)
-    for _ in range(3):
-        asked = asyncio.ensure_future(line.asking.ask(B.SHARED_OBJECT_ADD, UUID))
-        await line.peer.follow(Expect(B.SHARED_OBJECT_ADD), Answer(ACK))
-        await asked
-        await asyncio.sleep(0.015)
+async def test_a_front_end_that_has_answered_is_not_timed_any_more(line: Line, timers: Timers) -> None:
+    asked = asyncio.ensure_future(line.asking.ask(B.SHARED_OBJECT_ADD, UUID))
+    await line.peer.follow(Expect(B.SHARED_OBJECT_ADD))
+    assert timers.running(ANSWER_WITHIN)
+    await line.peer.follow(Answer(ACK))
+    await asked
+    assert not timers.running(ANSWER_WITHIN)
 
 
 async def test_a_front_end_that_closes_its_end_is_no_warning(line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     line.peer.close()
-    await asyncio.sleep(0.01)
+    async with asyncio.timeout(5):
+        while not caplog.records:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0)
     with pytest.raises(RequestRefused, match="closed: by the front-end"):
         await line.asking.ask(B.SHARED_OBJECT_ADD, UUID)
-    assert not caplog.records
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
 async def test_one_that_closes_it_with_an_answer_owed_is(line: Line, caplog: pytest.LogCaptureFixture) -> None:
@@ -279,20 +316,18 @@ async def test_who_waits_no_longer_leaves_the_pairing_intact(line: Line) -> None
 
 
 async def test_a_front_end_that_waits_for_us_is_not_waited_for(
-    line: Line, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    line: Line, timers: Timers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(announcements, "WITHHELD", 0.01)
-    monkeypatch.setattr(backend_channel, "ANSWER_WITHIN", 0.001)
     with line.asking.answering():
         asked = asyncio.ensure_future(line.asking.ask(B.SHARED_OBJECT_LOOKUP, UUID))
         await line.peer.follow(Expect(B.SHARED_OBJECT_LOOKUP))
+        timers.passes(WITHHELD)
         with pytest.raises(RequestRefused, match="the front-end waits for an answer of ours"):
             await asked
         with pytest.raises(RequestRefused, match="the front-end waits for an answer of ours"):
             await line.asking.ask(B.SHARED_OBJECT_ADD, UUID)
-        await asyncio.sleep(0.02)  # more than it has time for otherwise
-        monkeypatch.setattr(backend_channel, "ANSWER_WITHIN", 10.0)
-        await asyncio.sleep(0.02)
+        timers.passes(ANSWER_WITHIN)
+        timers.passes(ANSWER_WITHIN)
     assert not caplog.records
     await line.peer.send(Send(B.SHARED_OBJECT_LOOKUP, ACK, fds=(0,), flags=4))
     await line.peer.follow(Expect(B.SHARED_OBJECT_ADD), Answer(ACK))
