@@ -2,15 +2,21 @@
 
 import asyncio
 import errno
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import uvloop
 
+from tests.protocol import samples
+from tests.runtime.echo import answer, ask
+from tests.runtime.gadget import Gadget, Gadgets
 from tests.runtime.migration import PAGE, Migration
 from vhostuser.device import Device
+from vhostuser.frontend import BackendRequests, BackendServices, ObjectRegistry
 from vhostuser.testing.pair import Pair
+from vhostuser.testing.peer import ScriptedPeer
 from vhostuser.uffd import NotPermitted, Userfaultfd
 
 
@@ -62,3 +68,52 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(name, raise_)
 
     return fail
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[ObjectRegistry]:
+    made = ObjectRegistry()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+async def gadgets(
+    no_leaks: None, no_mappings: None, pairs: Callable[..., Pair], registry: ObjectRegistry
+) -> AsyncIterator[Callable[..., object]]:
+    """Makes gadgets whose ring 0 is started and running."""
+    made: list[Gadgets] = []
+
+    async def make() -> Gadgets:
+        device = Gadget()
+        pair = pairs(device)
+        await pair.set_up()
+        services = await pair.frontend.serve_requests(registry)
+        made.append(Gadgets(pair, device, services))
+        await ask(pair, b"abc")
+        assert await answer(pair) == b"ABC"
+        return made[-1]
+
+    yield make
+    for each in made:
+        await each.pair.close()
+        each.device.close()
+
+
+@pytest.fixture
+async def gadget(gadgets: Callable[..., object]) -> Gadgets:
+    return await gadgets()  # type: ignore[misc,no-any-return]
+
+
+@pytest.fixture
+async def hearing(no_leaks: None, no_mappings: None) -> AsyncIterator[tuple[ScriptedPeer, BackendServices]]:
+    """A scripted back-end's end of the channel, and our front-end's services."""
+    session = samples.connect().front
+    services = BackendServices((4 * PAGE, 0, 2 * PAGE), ObjectRegistry(), "us")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    requests = BackendRequests(ours, session.channel(), services, keep=False)
+    async with ScriptedPeer(theirs) as peer:
+        yield peer, services
+    services.close()
+    requests.close()
+    await asyncio.sleep(0)

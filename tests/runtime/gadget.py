@@ -1,13 +1,17 @@
-"""A device with every hook, which does by itself nothing: tests do it from outside, or by requests."""
+"""A device with every hook, which does nothing by itself: tests do it from outside, or by requests; and its front-end."""
 
 import os
 import socket
+from typing import NamedTuple
 
 from tests.runtime.echo import Echo
+from vhostuser.frontend import BackendServices
 from vhostuser.hooks import CryptoSessions, GpuSocket, HostNotifiers, NotifierArea
 from vhostuser.protocol import ProtocolFeature, RequestRefused
 from vhostuser.shared_memory import SharedMemoryRegions
 from vhostuser.shared_objects import SharedObjects
+from vhostuser.testing.pair import Pair
+from vhostuser.testing.peer import ScriptedPeer
 from vhostuser.virtqueue import Request
 
 PAGE = 4096
@@ -68,3 +72,19 @@ def memfd(size: int, data: bytes = b"") -> int:
     os.truncate(fd, size)
     os.pwrite(fd, data, 0)
     return fd
+
+
+class Gadgets(NamedTuple):
+    """Both ends, and what the front-end does for the device."""
+
+    pair: Pair
+    device: Gadget
+    services: BackendServices
+
+
+async def channel_of(pair: Pair) -> ScriptedPeer:
+    """Gives the back-end a channel; our end of it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        await pair.frontend.set_backend_req_fd(theirs.fileno())
+    return ScriptedPeer(ours)
