@@ -1,4 +1,4 @@
-"""A device with every hook, which does nothing by itself: tests do it from outside, or by requests; and its front-end."""
+"""A device with every hook, which does nothing by itself (tests do it from outside, or by requests); its front-end."""
 
 import os
 import socket
