@@ -28,6 +28,14 @@ async def started(pair: Pair, *, features: int = DRIVABLE, protocol: int = DRIVA
     await pair.frontend.start_ring(pair.rings[0], pair.memory)
 
 
+async def served(pair: Pair) -> None:
+    """DRIVER_OK, and a first request."""
+    await started(pair)
+    await pair.frontend.driver_ok()
+    await ask(pair, b"one")
+    assert await answer(pair) == b"ONE"
+
+
 async def again(pair: Pair) -> None:
     """Sets the ring up anew, as after a reset."""
     pair.rings.pop().close()
@@ -52,10 +60,7 @@ async def test_a_status_of_0_stops_ring_and_device(pairs: Callable[..., Pair]) -
     """The answer comes when they have stopped, as with GET_VRING_BASE."""
     device = Echo()
     pair = pairs(device)
-    await started(pair)
-    await pair.frontend.driver_ok()
-    await ask(pair, b"one")
-    assert await answer(pair) == b"ONE"
+    await served(pair)
     device.gate.clear()
     await ask(pair, b"slow")
     await device.taken(b"slow")
@@ -76,10 +81,7 @@ async def test_it_starts_anew_after_a_status_of_0(pairs: Callable[..., Pair]) ->
     """As QEMU does it when the guest reboots: everything is said again, but for the features' acknowledgement."""
     device = Echo()
     pair = pairs(device)
-    await started(pair)
-    await pair.frontend.driver_ok()
-    await ask(pair, b"one")
-    assert await answer(pair) == b"ONE"
+    await served(pair)
     await pair.frontend.set_status(0)
     await again(pair)
     await pair.frontend.driver_ok()

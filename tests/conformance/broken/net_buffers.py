@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from tests.conformance.broken.registry import crash, net_fault
+from tests.conformance.broken.hostile import dies_of_data_in_the_ring
+from tests.conformance.broken.registry import net_fault
 from tests.conformance.plain import Interface, Queue, override
 from tests.conformance.plain.net import ETHER, Frame
 from tests.conformance.plain.queue import Chain
-from tests.conformance.plain.ring import Bad, Descriptor
+from tests.conformance.plain.ring import Bad
 from vhostuser._native import lib
 from vhostuser.devices.ends import NetFeature
 from vhostuser.drivers.net import NetHeader
@@ -187,14 +188,7 @@ def waits_for_a_kick_that_it_did_not_ask_for() -> None:
 
 @net_fault("net.receive.over-the-ring")
 def dies_of_a_buffer_in_the_ring() -> None:
-    right = Queue.add
-
-    def add(queue: Queue, chain: Chain, descriptor: Descriptor) -> None:
-        if descriptor.guest == queue.ring.desc:
-            crash()
-        right(queue, chain, descriptor)
-
-    override(Queue, add=add)
+    dies_of_data_in_the_ring()
 
 
 # ---- merged buffers
