@@ -34,6 +34,7 @@ from vhostuser.protocol import (
     Payload,
     ProtocolFeature,
     RequestRefused,
+    VhostUserError,
     VirtioFeature,
 )
 
@@ -117,12 +118,23 @@ class Peer:
         without: Collection[ProtocolFeature] = (), also: Collection[ProtocolFeature] = (),
     ) -> Frontend:  # fmt: skip
         """Takes VERSION_1 (unless ``legacy``), protocol features and these; of the protocol features all but those
-        ``without``, and ``also`` what this suite does not drive a ring with."""
+        ``without``, and ``also`` what this suite does not drive a ring with. Raises Skipped where a legacy driver
+        is refused."""
         wanted = PLAIN | self.format | sum(feature.mask for feature in features)
         wanted &= ~VirtioFeature.VERSION_1.mask if legacy else wanted
         protocol = DRIVABLE_PROTOCOL | sum(feature.mask for feature in also)
         await self.frontend.negotiate(wanted, protocol & ~sum(feature.mask for feature in without))
+        if legacy:
+            await self._serves_legacy_drivers()
         return self.frontend
+
+    async def _serves_legacy_drivers(self) -> None:
+        """Raises Skipped where it goes. Virtio, "Reserved Feature Bits": "A device MAY fail to operate further if
+        VIRTIO_F_VERSION_1 is not accepted"."""
+        try:
+            await self.frontend.get_features()
+        except (VhostUserError, ConnectionError):
+            raise Skipped("drivers from before virtio 1 are refused, as they may be") from None
 
     def make_memory(self, *regions: tuple[int, int], hugetlb: bool = False) -> SharedMemory:
         """Memory that nobody was told of yet; by default 8 MiB from guest address 0 on."""
